@@ -14,6 +14,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import plan as planni
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
 
+SUPERVISOR = os.path.join(catalog.ROLES, "torchrun", "files", "torchrun_supervisor.py")
+
 
 class ActionModule(ActionBase):
     """Action of the module M(onprem.torch.plan)."""
@@ -40,12 +42,16 @@ class ActionModule(ActionBase):
             empty = Problem("", "cluster_group", f"the group {group} has no hosts", cure)
             return {**result, "failed": True, "msg": report([empty]), "problems": [empty.as_dict()]}
         reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
+        left_out = {
+            entry[entry["ansible_loop_var"]]: entry
+            for entry in (task_vars.get("__cluster_left_out_nodes") or {}).get("results") or []
+        }
         hosts: list[planning.Host] = []
         problems: list[Problem] = []
         for name in names:
             host, found = reader.host(name)
             problems += found
-            host.node = dict((reader.raw(name).get(arguments["nodes_variable"]) or {}).get("node") or {})
+            host.node = dict((reader.raw(name).get(arguments["nodes_variable"]) or left_out.get(name) or {}).get("node") or {})
             if not host.node:
                 host.node = {"error": "the node was not looked at; run the play without --limit"}
             problems += node_checks.unreadable(host)
@@ -66,17 +72,20 @@ class ActionModule(ActionBase):
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
         script = str(host.variables.get("torchrun_script") or "")
+        supervisor = source_tree.tree_hash({"supervisor": SUPERVISOR})
         if not source:
             text = f"{variable} is not set, but a script, a project folder or remote:PATH was expected"
-            return planning.Release("", script, (Problem("", variable, text, f"set {variable} for the group"),))
+            missing = Problem("", variable, text, f"set {variable} for the group")
+            return planning.Release("", script, problems=(missing,))
         if source.startswith("remote:"):
-            return planning.Release("", script)
+            return planning.Release("", script or "train.py", source[len("remote:") :], supervisor)
         path = resolve(source, task_vars)
         try:
             members = source_tree.files(path)
         except source_tree.SourceError as error:
             cure = "correct the path (relative paths start at the inventory's folder)"
-            return planning.Release("", script, (Problem("", variable, f"{variable} is {source!r}, but {error}", cure),))
+            problem = Problem("", variable, f"{variable} is {source!r}, but {error}", cure)
+            return planning.Release("", script, path, problems=(problem,))
         if not script:
             script = os.path.basename(path) if os.path.isfile(path) else "train.py"
         problems = []
@@ -85,7 +94,7 @@ class ActionModule(ActionBase):
             scripts = sorted(name for name in members if name.endswith(".py"))[:3]
             cure = f"name a script that is there, such as {scripts[0]}" if scripts else "add the script to the source"
             problems.append(Problem("", "torchrun_script", text, cure))
-        return planning.Release(source_tree.tree_hash(members), script, tuple(problems))
+        return planning.Release(source_tree.tree_hash(members), script, path, supervisor, tuple(problems))
 
 
 def resolve(source: str, task_vars: dict[str, t.Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typing as t
 
 # Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
-FINAL_EXIT_CODES: tuple[int, ...] = ()
+FINAL_EXIT_CODES = (2, 10)
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
 
@@ -22,6 +22,7 @@ def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[s
     return {
         "environment_file": f"{SETTINGS}/{job['name']}.env",
         "secret_file": f"{SETTINGS}/{job['name']}.secret",
+        "folders": [f"{root}/work", f"{root}/state", f"{root}/cache", job["log_dir"], job["checkpoint_dir"]],
         "writable": list(dict.fromkeys(writable)),
         "mounts": list(dict.fromkeys(mounts)),
         "protect_home": not in_home,

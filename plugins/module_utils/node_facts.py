@@ -10,6 +10,7 @@ Nothing here writes, needs a driver or asks the network.
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import shlex
@@ -171,6 +172,12 @@ def environments(root_folder: str, root: str = "/") -> list[str]:
     return sorted(glob.glob(os.path.join(root, root_folder.lstrip("/"), "environments/*/")))
 
 
+def digest_of(path: str) -> str:
+    """Return the start of the SHA-256 of a file, empty where it cannot be read."""
+    text = read_text(path)
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
+
+
 def jobs(root: str = "/") -> list[dict[str, t.Any]]:
     """Return our jobs on the node, from the section [X-OnpremTorch] of their units; active means: has processes."""
     found = []
@@ -186,6 +193,7 @@ def jobs(root: str = "/") -> list[dict[str, t.Any]]:
                 "devices": fields.get("Devices", ""),
                 "master_port": int(fields.get("MasterPort", "0")),
                 "supervisor_port": int(fields.get("SupervisorPort", "0")),
+                "secret_id": digest_of(os.path.join(root, "etc/torchrun", f"{fields.get('Job', '')}.secret")),
             }
         )
     return found

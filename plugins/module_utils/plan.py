@@ -14,7 +14,7 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import network, node_checks, ports, ranks
+from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, ports, pytorch_plan, ranks
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Variables that describe one node. All others describe the job and are the same on every host.
@@ -49,10 +49,20 @@ class Host:
 
 @dataclass(frozen=True)
 class Release:
-    """The job's source as the control node sees it: hash, script inside it, and what is wrong with it."""
+    """The job's source as the control node sees it.
+
+    Attributes:
+        hash: hash of its files; empty for a source that lies on the nodes.
+        script: the script inside it.
+        path: its path on the control node, or on the nodes.
+        supervisor: hash of the supervisor that goes with it.
+        problems: what is wrong with it.
+    """
 
     hash: str
     script: str
+    path: str = ""
+    supervisor: str = ""
     problems: tuple[Problem, ...] = ()
 
 
@@ -161,8 +171,8 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
     master_addr, found = master(hosts, order, chosen)
     problems += found
 
-    job = str(first.get("torchrun_job") or "train")
-    unit = f"torchrun-{job}.service"
+    name_of_job = str(first.get("torchrun_job") or "train")
+    unit = f"torchrun-{name_of_job}.service"
     master_port = first.get(ports.MASTER) or 29500
     numbers = {
         ports.MASTER: master_port,
@@ -171,29 +181,50 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
     }
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
-    problems += node_checks.check_all(hosts, chosen, job)
+    problems += node_checks.check_all(hosts, chosen, name_of_job)
 
     nodes: dict[str, dict[str, t.Any]] = {}
     for name in order:
         host = by_name[name]
         count, found = process_count(host)
         problems += found
-        end = chosen.get(name)
+        end = chosen.get(name, network.Endpoint("", ""))
+        torch = pytorch_plan.environment(host.variables, host.node, {})
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],
-            "address": end.address if end else "",
-            "address6": (end.address6 or None) if end else None,
-            "interface": end.interface if end else "",
+            "address": end.address,
+            "address6": end.address6 or None,
+            "interface": end.interface,
             "nproc": count,
             "devices": ",".join(devices_of(host)) or None,
+            "python": torch["executable"],
+            "pytorch": {key: value for key, value in torch.items() if key != "executable"},
             "distribution": host.node.get("distribution", {}),
             "architecture": host.node.get("architecture", ""),
             "hardware": host.node.get("hardware", {}),
-            "variables": host.variables,
         }
-    world = sum(node["nproc"] for node in nodes.values())
-    shape = {name: {key: node[key] for key in ("rank", "address", "nproc", "devices")} for name, node in nodes.items()}
+    job = {
+        "name": name_of_job,
+        "unit": unit,
+        "master_addr": master_addr,
+        "master_port": numbers[ports.MASTER],
+        "supervisor_port": numbers[ports.SUPERVISOR],
+        "verifier_port": numbers[ports.VERIFIER],
+        "nnodes": len(order),
+        "world_size": sum(node["nproc"] for node in nodes.values()),
+        "python": nodes[order[0]]["python"],
+        **job_settings(first, name_of_job, release),
+    }
+    job.update(launch.job_paths(job, [str(path) for path in first.get("torchrun_data_paths") or []]))
+    job["new_secret"] = len({secret_id(host, name_of_job) for host in hosts} - {""}) != 1 or any(
+        not secret_id(host, name_of_job) for host in hosts
+    )
+    for node in nodes.values():
+        node["environment"] = launch.environment(job, node)
+        node["command"] = launch.torchrun_command(job, node)
+        node["supervisor_command"] = launch.supervisor_command(job, node)
+    shape = {name: [node[key] for key in ("rank", "address", "nproc", "devices", "hardware")] for name, node in nodes.items()}
     plan = {
         "group": group,
         "order": order,
@@ -202,27 +233,42 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
             "ipv4": [node["address"] for node in nodes.values() if node["address"]],
             "ipv6": [node["address6"] for node in nodes.values() if node["address6"]],
         },
-        "job": {
-            "name": job,
-            "unit": unit,
-            "master_addr": master_addr,
-            "master_port": numbers[ports.MASTER],
-            "supervisor_port": numbers[ports.SUPERVISOR],
-            "verifier_port": numbers[ports.VERIFIER],
-            "nnodes": len(order),
-            "world_size": world,
-            "script": release.script,
-            "args": first.get("torchrun_args") or [],
-            "environment": {key: str(value) for key, value in (first.get("torchrun_environment") or {}).items()},
-            "checkpoint_dir": first.get("torchrun_checkpoint_dir") or "",
-            "checkpoint_glob": first.get("torchrun_checkpoint_glob") or "*",
-            "root": f"{first.get('torchrun_root')}/{job}",
-            "log_dir": f"{first.get('torchrun_log_root')}/{job}",
-            "user": first.get("torchrun_user"),
-            "source_hash": release.hash,
-        },
-        "fingerprint": digest(
-            {"shape": shape, "hardware": {name: node["hardware"] for name, node in nodes.items()}, "torch": first.get("pytorch_version")}
-        ),
+        "job": job,
+        "fingerprint": digest({"shape": shape, "torch": nodes[order[0]]["pytorch"]["requirements"]}),
     }
     return plan, problems
+
+
+def secret_id(host: Host, job: str) -> str:
+    """Return what tells the job's secret on a node from another one, without telling the secret."""
+    return next((str(entry["secret_id"]) for entry in host.node.get("jobs") or [] if entry["job"] == job), "")
+
+
+def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release) -> dict[str, t.Any]:
+    """Return what the user's variables say of the job, and the release that follows from it."""
+    root = f"{variables.get('torchrun_root') or '/var/lib/torchrun'}/{name}"
+    settings = {
+        "script": release.script,
+        "args": [str(word) for word in variables.get("torchrun_args") or []],
+        "user_environment": {key: str(value) for key, value in (variables.get("torchrun_environment") or {}).items()},
+        "checkpoint_dir": str(variables.get("torchrun_checkpoint_dir") or f"{root}/checkpoints"),
+        "checkpoint_glob": str(variables.get("torchrun_checkpoint_glob") or "*"),
+        "root": root,
+        "log_dir": f"{variables.get('torchrun_log_root') or '/var/log/torchrun'}/{name}",
+        "user": str(variables.get("torchrun_user") or "torchrun"),
+        "max_restarts": variables.get("torchrun_max_restarts") or 0,
+        "hang_timeout": variables.get("torchrun_hang_timeout") or 0,
+        "stop_timeout": variables.get("torchrun_stop_timeout") or 120,
+        "wait_for": str(variables.get("torchrun_wait_for") or "first_step"),
+        "start_timeout": variables.get("torchrun_start_timeout") or 600,
+        "step_pattern": str(variables.get("torchrun_step_pattern") or ""),
+        "source": str(variables.get("torchrun_source") or ""),
+        "source_path": release.path,
+        "source_hash": release.hash,
+        "supervisor_hash": release.supervisor,
+    }
+    made_of = {key: settings[key] for key in ("script", "args", "user_environment", "source", "source_hash", "supervisor_hash")}
+    if release.hash:
+        made_of.pop("source")  # the same files from another folder are the same release
+    made_of["torch"] = [variables.get("pytorch_version"), variables.get("pytorch_packages"), variables.get("pytorch_environment")]
+    return {**settings, "release": digest(made_of)}
