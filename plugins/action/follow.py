@@ -40,7 +40,9 @@ class ActionModule(ActionBase):
         if self._task.check_mode:
             result.update(skipped=True, msg="nothing is started in check mode, so there is nothing to follow")
             return result
-        result.update(self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"]))
+        found = self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"])
+        result.update(found)
+        display.display("\n" + "\n".join(progress.summary(arguments["job"], arguments["host"], found)) + "\n")
         return result
 
     def _follow(self, job: dict[str, t.Any], host: str, until: str, again: str) -> dict[str, t.Any]:

@@ -42,8 +42,7 @@ def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict
         "GLOO_SOCKET_IFNAME": node["interface"],
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
         "PYTHONUNBUFFERED": "1",
-        # The release is read-only, so byte code and caches go to a folder of the job's.
-        "PYTHONPYCACHEPREFIX": f"{root}/cache/pycache",
+        # Release and environment are read-only, so home and caches are folders of the job's.
         "HOME": f"{root}/work",
         "XDG_CACHE_HOME": f"{root}/cache",
         "TORCHRUN_JOB": job["name"],

@@ -107,3 +107,14 @@ def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
 def is_step(line: str, pattern: str) -> bool:
     """Return whether a line tells of a training step."""
     return bool(pattern and re.search(pattern, line))
+
+
+def summary(job: t.Mapping[str, t.Any], host: str, found: t.Mapping[str, t.Any]) -> list[str]:
+    """Return what a person wants to know when the following ends."""
+    lines = [str(found["msg"])]
+    last = str(found.get("last_line") or found.get("last_step") or "")
+    if last:
+        lines.append(f"  last words   {last.partition('] ')[2] if last.startswith('[rank ') else last}")
+    lines.append(f"  checkpoint   {host}:{found.get('checkpoint') or job['checkpoint_dir'] + ' (none yet)'}")
+    lines.append(f"  logs         {job['log_dir']} on each node, and journalctl --unit {job['unit']}")
+    return lines

@@ -269,7 +269,6 @@ class Node:
             return
         if self.keep_file(self.unit_path, params["unit"], 0o644):
             self.systemctl("daemon-reload")
-        self.systemctl("reset-failed", self.unit_name)
         self.systemctl("enable", "--quiet", self.unit_name)
         self.systemctl("start", self.unit_name)
         self.changes.append(f"start of {self.unit_name}")
