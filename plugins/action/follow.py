@@ -1,0 +1,100 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Follows a job: rank 0's journal as it is written, until the first step, the end or a failure."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from ansible.errors import AnsibleConnectionFailure
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.onprem.torch.plugins.module_utils import progress
+
+display = Display()
+# A look costs the node a few milliseconds; a person does not read faster.
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class ActionModule(ActionBase):
+    """Action of the module M(onprem.torch.follow)."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Follow and return the outcome; fail where the job failed."""
+        result = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec(
+            argument_spec={
+                "job": {"type": "dict", "required": True},
+                "host": {"type": "str", "required": True},
+                "until": {"type": "str", "choices": ["first_step", "finished"], "default": "first_step"},
+                "again": {"type": "str", "default": ""},
+            }
+        )
+        result.update(changed=False)
+        if self._task.check_mode:
+            result.update(skipped=True, msg="nothing is started in check mode, so there is nothing to follow")
+            return result
+        result.update(self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"]))
+        return result
+
+    def _follow(self, job: dict[str, t.Any], host: str, until: str, again: str) -> dict[str, t.Any]:
+        """Look every second until there is something to say."""
+        display.display(f"\nThe journal of {host} (rank 0). Ctrl-C leaves the job running; follow it again with: {again}\n")
+        cursor = ""
+        last_step = last_line = ""
+        first_checkpoint: str | None = None
+        seen = time.monotonic()
+        while True:
+            look = self._look(job, cursor)
+            if look is None:
+                silent = time.monotonic() - seen
+                if silent > job["start_timeout"]:
+                    text = f"{host} has not answered for {silent:.0f} s; the job may run on: see {again}"
+                    return {"failed": True, "msg": text, "outcome": "unknown"}
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                continue
+            cursor = look.cursor or cursor
+            if first_checkpoint is None:
+                first_checkpoint = look.checkpoint
+            for line in look.lines:
+                display.display(f"  {line}")
+                if progress.is_step(line, job["step_pattern"]):
+                    last_step = line.strip()
+                if line.startswith("[rank 0]"):
+                    last_line = line.strip()
+            if look.lines or look.checkpoint != first_checkpoint:
+                seen = time.monotonic()
+            outcome = progress.outcome(look)
+            found = {"outcome": outcome, "last_step": last_step, "last_line": last_line, "checkpoint": look.checkpoint}
+            if outcome == "failed":
+                text = f"{progress.cause_sentence(job, look)}; logs are in {job['log_dir']} of each node"
+                return {**found, "failed": True, "msg": text, "cause": look.state.get("cause") or {}}
+            if outcome == "stopped":
+                return {**found, "failed": True, "msg": f"the job {job['name']} was stopped before it finished; start it again"}
+            if outcome == "finished":
+                return {**found, "msg": f"the job {job['name']} has finished"}
+            if until == "first_step" and (last_step or look.checkpoint != first_checkpoint):
+                return {**found, "msg": f"the job {job['name']} trains"}
+            if time.monotonic() - seen > job["start_timeout"] and not last_step:
+                text = (
+                    f"{host} has printed nothing for {job['start_timeout']} s and no step was seen; "
+                    f"the job runs on: see {again}, or raise torchrun_start_timeout"
+                )
+                return {**found, "failed": True, "msg": text}
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def _look(self, job: dict[str, t.Any], cursor: str) -> progress.Look | None:
+        """Look once; None where the node does not answer at the moment."""
+        try:
+            answer = self._low_level_execute_command(progress.command(job, cursor))
+        except AnsibleConnectionFailure:
+            return None
+        if progress.MARK not in answer["stdout"]:
+            return None
+        return progress.parse(answer["stdout"])

@@ -1,0 +1,71 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Runs node_info on a node; a node that cannot be asked is a finding, so that the plan names all of them."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from ansible.errors import AnsibleConnectionFailure, AnsibleError
+from ansible.plugins.action import ActionBase
+from ansible_collections.onprem.torch.plugins.module_utils import connection_errors
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+
+
+class ActionModule(ActionBase):
+    """Action of the module M(onprem.torch.node_info)."""
+
+    TRANSFERS_FILES = False
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Return what the module found, or why it could not run."""
+        result = super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        name = self._task.delegate_to or task_vars["inventory_hostname"]
+        arguments = dict(self._task.args) or self._questions(str(name), task_vars)
+        before = time.time()
+        try:
+            answer = self._execute_module("onprem.torch.node_info", arguments, task_vars=task_vars)
+        except AnsibleConnectionFailure as error:
+            answer = {"unreachable": True, "msg": str(error)}
+        except AnsibleError as error:
+            answer = {"failed": True, "msg": str(error)}
+        after = time.time()
+        if answer.get("failed") or answer.get("unreachable") or "node" not in answer:
+            host = task_vars["hostvars"][name]
+            reason = connection_errors.explain(
+                str(answer.get("msg") or answer.get("module_stderr") or ""),
+                " ".join(str(answer.get(key) or "") for key in ("module_stderr", "module_stdout", "stderr")),
+                bool(answer.get("unreachable")),
+                user=str(host.get("ansible_user") or "this user"),
+                address=str(host.get("ansible_host") or name),
+                python=str(host.get("ansible_python_interpreter") or "/usr/bin/python3"),
+                boot_command="make lab" if host.get("lab_subnet") else "",
+            )
+            result.update(changed=False, node={"error": reason})
+            return result
+        node = answer["node"]
+        then = float(node.pop("time"))
+        # Only an offset beyond the time that the question took is sure.
+        node["clock_offset_seconds"] = min(then - before, 0.0) or max(then - after, 0.0)
+        result.update(changed=False, node=node)
+        return result
+
+    def _questions(self, name: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
+        """Return the module's arguments from the host's variables; values that cannot be read are the plan's to name."""
+        reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
+        variables = reader.host(name)[0].variables
+        source = str(variables.get("torchrun_source") or "")
+        remote = [source[len("remote:") :]] if source.startswith("remote:") else []
+        environment = variables.get("pytorch_environment")
+        return {
+            "disk_paths": [str(variables[key]) for key in ("pytorch_root", "torchrun_root") if variables.get(key)],
+            "paths": [*map(str, variables.get("torchrun_data_paths") or []), *remote],
+            "environments": [str(environment)] if environment else [],
+            "environments_root": str(variables.get("pytorch_root") or ""),
+            "python": str(variables.get("pytorch_python") or "/usr/bin/python3"),
+        }

@@ -1,0 +1,63 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the node first; only where torch is to be installed are wheels downloaded (once) and copied (those that lack)."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ansible.plugins.action import ActionBase
+from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
+
+MODULE = "onprem.torch.pytorch_environment"
+
+
+class ActionModule(ActionBase):
+    """Action of the module M(onprem.torch.pytorch_environment)."""
+
+    TRANSFERS_FILES = True
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Provide the environment and return the module's answer."""
+        result = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+        if answer.get("incomplete"):
+            answer = self._install(arguments, task_vars)
+        result.update(answer)
+        return result
+
+    def _install(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+        """Copy the wheels that the node lacks, then install."""
+        offline = arguments.get("source", "wheelhouse") == "wheelhouse"
+        try:
+            folder, wheels = wheelhouse.provide(
+                arguments.get("wheelhouse", "~/.cache/onprem.torch/wheelhouse"),
+                # From an index the nodes fetch for themselves; only uv comes from here.
+                arguments["requirements"] if offline else [],
+                arguments["platform"],
+                arguments.get("index_url", "") if offline else "",
+                arguments.get("extra_index_urls", []) if offline else [],
+            )
+        except wheelhouse.WheelhouseError as error:
+            return {"failed": True, "msg": str(error)}
+        arguments["wheels"] = wheels
+        answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+        if not answer.get("incomplete"):
+            return answer
+        target = os.path.join(arguments.get("root", "/opt/onprem.torch"), "wheels")
+        for name in answer["missing"]:
+            # The login user cannot write to the target, so each wheel goes through its temporary folder, one at a time.
+            remote = self._connection._shell.join_path(self._connection._shell.tmpdir or self._make_tmp_path(), name)
+            self._transfer_file(os.path.join(folder, name), remote)
+            moved = self._low_level_execute_command(
+                f"chmod 0644 '{remote}' && mv '{remote}' '{target}/{name}.partial' && chown root:root '{target}/{name}.partial'"
+                f" && mv '{target}/{name}.partial' '{target}/{name}'"
+            )
+            if moved["rc"] != 0:
+                return {"failed": True, "msg": f"{name} cannot be put into {target}: {moved['stderr'].strip()}"}
+        return self._execute_module(MODULE, arguments, task_vars=task_vars)

@@ -1,0 +1,54 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Prints lines for a person, without quotes and brackets around them."""
+
+from __future__ import annotations
+
+import json
+import time
+import typing as t
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+from ansible_collections.onprem.torch.plugins.module_utils import job_state
+
+display = Display()
+
+
+class ActionModule(ActionBase):
+    """Action of the module M(onprem.torch.show)."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Print the plan or the status, and return its lines."""
+        result = super().run(tmp, task_vars)
+        _validation, arguments = self.validate_argument_spec(
+            argument_spec={
+                "view": {"type": "str", "choices": ["plan", "status"], "required": True},
+                "plan": {"type": "dict", "required": True},
+                "variable": {"type": "str", "default": "__torchrun_info"},
+                "format": {"type": "str", "choices": ["text", "json"], "default": "text"},
+            }
+        )
+        plan = arguments["plan"]
+        if arguments["view"] == "plan":
+            data: t.Any = {key: plan[key] for key in ("group", "order", "nodes", "peers", "job", "fingerprint")}
+            lines = job_state.plan_lines(plan)
+        else:
+            hostvars = (task_vars or {})["hostvars"]
+            infos = {
+                host: (hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") or {"error": "no answer"}
+                for host in plan["order"]
+            }
+            data = {"job": plan["job"]["name"], "time": time.time(), "nodes": infos}
+            lines = job_state.status_lines(plan["job"]["name"], infos, plan["order"])
+        if arguments["format"] == "json":
+            lines = json.dumps(data, indent=2, sort_keys=True).splitlines()
+        display.display("\n" + "\n".join(lines) + "\n")
+        result.update(changed=False, lines=lines)
+        return result

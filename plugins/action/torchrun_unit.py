@@ -1,0 +1,41 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Copies the job's source to a node that does not have the release yet."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import typing as t
+
+from ansible.plugins.action import ActionBase
+from ansible_collections.onprem.torch.plugins.module_utils import source_tree
+
+MODULE = "onprem.torch.torchrun_unit"
+
+
+class ActionModule(ActionBase):
+    """Action of the module M(onprem.torch.torchrun_unit)."""
+
+    TRANSFERS_FILES = True
+    _supports_check_mode = True
+    _supports_async = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Run the module; where it asks for the source, pack and copy it and run the module again."""
+        result = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+        if answer.get("needs_archive"):
+            with tempfile.TemporaryDirectory() as folder:
+                local = os.path.join(folder, "source.tar.gz")
+                source_tree.pack(source_tree.files(arguments["source_path"]), local)
+                temporary = self._make_tmp_path()
+                arguments["archive"] = self._transfer_file(local, self._connection._shell.join_path(temporary, "source.tar.gz"))
+                before = answer.get("changed", False)
+                answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+                answer["changed"] = bool(answer.get("changed") or before)
+                self._remove_tmp_path(temporary)
+        result.update(answer)
+        return result

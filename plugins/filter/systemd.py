@@ -1,0 +1,23 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Filters for templates of units."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.onprem.torch.plugins.module_utils import systemd
+
+
+def systemd_environment(values: t.Mapping[str, str]) -> list[str]:
+    """Return the quoted assignments of a unit's Environment= lines, sorted by name."""
+    return [systemd.assignment(name, str(value)) for name, value in sorted(values.items())]
+
+
+class FilterModule:
+    """Filters of the collection."""
+
+    def filters(self) -> dict[str, t.Callable[..., t.Any]]:
+        """Return filter functions by name."""
+        return {"systemd_command": systemd.command, "systemd_environment": systemd_environment}

@@ -1,0 +1,49 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""Why a node could not be asked, in one sentence, from the texts of ssh, sudo and the shell."""
+
+from __future__ import annotations
+
+import re
+
+
+def last_line(text: str) -> str:
+    """Return the last line that says something, shortened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "Warning: Permanently added" not in line]
+    return lines[-1][:200].rstrip(".") if lines else "no reason was given"
+
+
+def explain(message: str, output: str, unreachable: bool, user: str, address: str, python: str, boot_command: str) -> str:
+    """Return "what is the case; what to do".
+
+    Args:
+        message: Ansible's message.
+        output: everything that the remote side printed.
+        unreachable: whether Ansible calls the host unreachable.
+        user: the user to log in as.
+        address: the address to log in to.
+        python: the Python that modules run with.
+        boot_command: the command that boots this node, for nodes of a lab.
+    """
+    text = f"{message}\n{output}"
+    lower = text.lower()
+    if "sudo" in lower or "become" in lower or "privilege" in lower or "incorrect password" in lower:
+        return (
+            f"{user} has no sudo without a password ({last_line(message)}); "
+            "give the user passwordless sudo or run the play with --ask-become-pass"
+        )
+    if unreachable:
+        if "host key" in lower:
+            cure = f"compare the key and accept it with: ssh {user}@{address}"
+        elif "permission denied" in lower:
+            cure = f"copy your key with: ssh-copy-id {user}@{address}"
+        elif boot_command:
+            cure = f"boot the lab with: {boot_command}"
+        else:
+            cure = f"check ansible_host and try: ssh {user}@{address}"
+        reason = re.sub(r"^.*Failed to connect to the host via ssh:\s*", "", message, flags=re.S)
+        return f"cannot be reached by SSH at {address} ({last_line(reason)}); {cure}"
+    if re.search(r"python\S*: (command )?not found|No such file or directory|interpreter", text):
+        return f"no Python answers at {python}; install it (apt install python3) or set ansible_python_interpreter"
+    return f"the node could not be examined ({last_line(message)}); repair what this says and run again"

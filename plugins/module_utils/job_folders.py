@@ -1,0 +1,134 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""The folders of a job on a node, and its releases: staged whole, switched by one rename.
+
+    ROOT/releases/ID/source/…, torchrun_supervisor.py, release.json   read-only, root's
+    ROOT/current      link to the release that the unit runs
+    ROOT/work         working directory; holds a link to each entry of the current source
+    ROOT/state, ROOT/cache, CHECKPOINTS, LOGS                         the job user's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import typing as t
+
+from ansible_collections.onprem.torch.plugins.module_utils import environment, source_tree
+
+RECORD = "release.json"
+SUPERVISOR = "torchrun_supervisor.py"
+
+
+def release_folder(root: str, release: str) -> str:
+    """Return the folder of a release."""
+    return os.path.join(root, "releases", release)
+
+
+def staged(root: str, release: str) -> dict[str, t.Any]:
+    """Return the record of a release that is whole: its source has the hash that the record tells. Else empty."""
+    folder = release_folder(root, release)
+    try:
+        with open(os.path.join(folder, RECORD), encoding="utf-8") as stream:
+            record = json.load(stream)
+    except (OSError, ValueError):
+        return {}
+    return record if record.get("source_hash") == source_hash(folder) else {}
+
+
+def source_hash(folder: str) -> str:
+    """Return the hash of a release's source; empty where there is none."""
+    try:
+        return source_tree.tree_hash(source_tree.files(os.path.join(folder, "source")))
+    except (OSError, source_tree.SourceError):
+        return ""
+
+
+def stage(root: str, release: str, archive: str, remote: str, supervisor: str, expected: str) -> None:
+    """Put a release into its folder, whole or not at all.
+
+    Args:
+        root: the job's folder.
+        release: id of the release.
+        archive: archive of the source on the node; empty where the source lies on the nodes already.
+        remote: path of such a source.
+        supervisor: text of the supervisor.
+        expected: hash that the source must have; empty for a source that lies on the nodes.
+
+    Raises:
+        source_tree.SourceError: what was unpacked is not what was packed.
+    """
+    folder = release_folder(root, release)
+    partial = f"{folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    source = os.path.join(partial, "source")
+    if archive:
+        os.makedirs(source)
+        source_tree.unpack(archive, source)
+    else:
+        os.symlink(remote, source)
+    environment.write_atomically(os.path.join(partial, SUPERVISOR), supervisor)
+    found = source_hash(partial)
+    if not found or (expected and found != expected):
+        raise source_tree.SourceError(f"the source has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")
+    environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
+    os.sync()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def current(root: str) -> str:
+    """Return the id of the release that the unit runs, or an empty string."""
+    try:
+        return os.path.basename(os.readlink(os.path.join(root, "current")))
+    except OSError:
+        return ""
+
+
+def switch(root: str, release: str) -> None:
+    """Make a staged release the current one and link its entries into the working directory."""
+    link = os.path.join(root, "current")
+    partial = f"{link}.partial"
+    if os.path.lexists(partial):
+        os.unlink(partial)
+    os.symlink(os.path.join("releases", release), partial)
+    os.rename(partial, link)
+    link_entries(root)
+
+
+def link_entries(root: str) -> None:
+    """Give the working directory a link to each entry of the current source, so that relative paths find them.
+
+    Files that the job itself wrote there are left alone.
+    """
+    work = os.path.join(root, "work")
+    source = os.path.join(root, "current", "source")
+    for name in os.listdir(work):
+        path = os.path.join(work, name)
+        if os.path.islink(path) and os.readlink(path).startswith(source + os.sep):
+            os.unlink(path)
+    for name in sorted(os.listdir(source)):
+        path = os.path.join(work, name)
+        if not os.path.lexists(path):
+            os.symlink(os.path.join(source, name), path)
+
+
+def prune(root: str, keep: t.Collection[str], count: int) -> None:
+    """Remove the oldest releases beyond ``count``, never one of ``keep``."""
+    folder = os.path.join(root, "releases")
+    releases = sorted(os.listdir(folder), key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
+    for name in releases[count:]:
+        if name not in keep:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def finished(root: str, release: str) -> bool:
+    """Return whether the supervisor has marked this release as done."""
+    try:
+        with open(os.path.join(root, "state", "done"), encoding="utf-8") as stream:
+            return bool(json.load(stream).get("release") == release)
+    except (OSError, ValueError):
+        return False

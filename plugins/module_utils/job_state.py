@@ -1,0 +1,130 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""What a job does as a whole, from what its nodes tell, and as tables for a person."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+
+def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
+    """Return what has to be done to run the staged release everywhere, and a sentence.
+
+    Args:
+        answers: host → what torchrun_unit returned for state present.
+
+    Returns:
+        ``refuse`` (the nodes hold different sources), ``finished``, ``follow`` (it runs already), ``switch`` (something
+        else runs and must be stopped first) or ``start``.
+    """
+    hashes: dict[str, list[str]] = {}
+    for host, answer in answers.items():
+        hashes.setdefault(str(answer.get("source_hash") or "none"), []).append(host)
+    if len(hashes) > 1 or "none" in hashes:
+        usual = max(hashes, key=lambda value: len(hashes[value]))
+        odd = [
+            f"{host} has {value[:12]}" for value, hosts in hashes.items() if value != usual or usual == "none" for host in hosts
+        ]
+        return "refuse", f"the nodes hold different sources: {', '.join(odd)}, the others {usual[:12]}; make them the same"
+    if all(answer["finished"] and not answer["active"] for answer in answers.values()):
+        return "finished", "this release has finished already; train anew with playbooks/restart.yml"
+    active = [host for host, answer in answers.items() if answer["active"]]
+    stale = [host for host in active if answers[host].get("switch")]
+    if stale:
+        return "switch", f"another release runs on {', '.join(stale)}: it writes a checkpoint, stops, and the new one resumes"
+    if len(active) == len(answers):
+        return "follow", "the job runs this release already"
+    return "start", "the job is started"
+
+
+def table(rows: t.Sequence[t.Sequence[t.Any]], header: t.Sequence[str]) -> list[str]:
+    """Return the lines of a table: columns as wide as their longest cell."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+
+
+def age(then: float, now: float) -> str:
+    """Return how long ago a time was, as a person says it."""
+    seconds = max(0, int(now - then))
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{seconds // 60} min"
+    if seconds < 172800:
+        return f"{seconds // 3600} h"
+    return f"{seconds // 86400} d"
+
+
+def plan_lines(plan: t.Mapping[str, t.Any]) -> list[str]:
+    """Return the plan as a person reads it."""
+    job = plan["job"]
+    rows = [
+        (
+            node["rank"],
+            host,
+            node["address"],
+            node["interface"],
+            node["nproc"],
+            gpus(node),
+        )
+        for host, node in plan["nodes"].items()
+    ]
+    lines = table(rows, ("RANK", "HOST", "ADDRESS", "INTERFACE", "PROCESSES", "DEVICES"))
+    return [
+        *lines,
+        "",
+        f"job {job['name']}: {job['world_size']} processes on {job['nnodes']} nodes, "
+        f"MASTER_ADDR={job['master_addr']} MASTER_PORT={job['master_port']}",
+        f"runs {' '.join([job['script'], *job['args']])} (release {job['release']})",
+        f"checkpoints {job['checkpoint_dir']}/{job['checkpoint_glob']}, logs {job['log_dir']}",
+    ]
+
+
+def gpus(node: t.Mapping[str, t.Any]) -> str:
+    """Return what a node computes on."""
+    found = (node.get("hardware") or {}).get("usable_gpus") or []
+    if not found:
+        return "CPU"
+    names = sorted({str(gpu.get("name") or gpu.get("generation") or "GPU") for gpu in found})
+    used = f" ({node['devices']})" if node.get("devices") else ""
+    return f"{len(found)} × {', '.join(names)}{used}"
+
+
+def status_rows(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str], now: float) -> list[tuple[t.Any, ...]]:
+    """Return a row for each node: host, rank, unit state, since, generation, restarts left, last step, checkpoint."""
+    rows = []
+    for rank, host in enumerate(order):
+        info = infos.get(host) or {}
+        if info.get("error"):
+            rows.append((host, rank, "unreachable", "", "", "", info["error"][:60], ""))
+            continue
+        state = info.get("state") or {}
+        checkpoint = info.get("checkpoint") or {}
+        named = f"{checkpoint['name']} ({age(checkpoint['time'], now)})" if checkpoint else "-"
+        since = age(info["since"], now) if info.get("since") else "-"
+        what = info["unit"] if info["unit"] != "active" else str(state.get("state") or "active")
+        left = state.get("restarts_left")
+        rows.append(
+            (
+                host,
+                rank,
+                what,
+                since,
+                state.get("generation", "-"),
+                "-" if left is None else left,
+                (info.get("step") or "-")[:70],
+                named,
+            )
+        )
+    return rows
+
+
+STATUS_HEADER = ("HOST", "RANK", "STATE", "SINCE", "GENERATION", "RESTARTS LEFT", "LAST STEP", "NEWEST CHECKPOINT")
+
+
+def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
+    """Return the job's status as a table."""
+    return [f"job {job}", *table(status_rows(infos, order, time.time()), STATUS_HEADER)]

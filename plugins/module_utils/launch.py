@@ -1,0 +1,98 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""What the unit of a node runs: the command of torch.distributed.run, the supervisor before it, and their environment."""
+
+from __future__ import annotations
+
+import typing as t
+
+# Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
+FINAL_EXIT_CODES = (2, 10)
+# Where units and their secrets lie.
+SETTINGS = "/etc/torchrun"
+
+
+def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[str, t.Any]:
+    """Return the folders and files of a job, and which of them the unit may write to."""
+    root = job["root"]
+    writable = [f"{root}/work", f"{root}/state", f"{root}/cache", job["log_dir"], job["checkpoint_dir"], *data_paths]
+    mounts = [root, job["checkpoint_dir"], *data_paths]
+    in_home = any(path == "/root" or path.startswith(("/root/", "/home/")) for path in [*mounts, job["python"]])
+    return {
+        "environment_file": f"{SETTINGS}/{job['name']}.env",
+        "secret_file": f"{SETTINGS}/{job['name']}.secret",
+        "folders": [f"{root}/work", f"{root}/state", f"{root}/cache", job["log_dir"], job["checkpoint_dir"]],
+        "writable": list(dict.fromkeys(writable)),
+        "mounts": list(dict.fromkeys(mounts)),
+        "protect_home": not in_home,
+        "final_exit_codes": list(FINAL_EXIT_CODES),
+    }
+
+
+def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict[str, str]:
+    """Return the environment of a node's unit: the variables that Lightning's page sets by hand, and torch's own."""
+    root = job["root"]
+    values = {
+        "MASTER_ADDR": job["master_addr"],
+        "MASTER_PORT": str(job["master_port"]),
+        "NODE_RANK": str(node["rank"]),
+        # Names of interfaces are matched exactly with '=', else as prefixes (NCCL user guide, NCCL_SOCKET_IFNAME).
+        "NCCL_SOCKET_IFNAME": f"={node['interface']}",
+        "GLOO_SOCKET_IFNAME": node["interface"],
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+        "PYTHONUNBUFFERED": "1",
+        # The release is read-only, so byte code and caches go to a folder of the job's.
+        "PYTHONPYCACHEPREFIX": f"{root}/cache/pycache",
+        "HOME": f"{root}/work",
+        "XDG_CACHE_HOME": f"{root}/cache",
+        "TORCHRUN_JOB": job["name"],
+        "TORCHRUN_CHECKPOINT_DIR": job["checkpoint_dir"],
+    }
+    if node.get("devices"):
+        values["CUDA_VISIBLE_DEVICES"] = node["devices"]
+    return values
+
+
+def torchrun_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
+    """Return the command that one would type by hand on a node. Static rendezvous, since c10d ignores --node-rank."""
+    return [
+        node["python"],
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={job['nnodes']}",
+        f"--node-rank={node['rank']}",
+        f"--nproc-per-node={node['nproc']}",
+        f"--master-addr={job['master_addr']}",
+        f"--master-port={job['master_port']}",
+        "--max-restarts=0",
+        "--tee=3",
+        f"--log-dir={job['log_dir']}",
+        f"{job['root']}/current/source/{job['script']}",
+        *job["args"],
+    ]
+
+
+def supervisor_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
+    """Return the supervisor's command up to, and without, the secret and the command to run."""
+    root = job["root"]
+    words: list[t.Any] = ["/usr/bin/python3", f"{root}/current/torchrun_supervisor.py"]
+    options: dict[str, t.Any] = {
+        "job": job["name"],
+        "host": node["host"],
+        "node-rank": node["rank"],
+        "nnodes": job["nnodes"],
+        "coordinator": f"{job['master_addr']}:{job['supervisor_port']}",
+        "bind": node["address"],
+        "state-dir": f"{root}/state",
+        "log-dir": job["log_dir"],
+        "checkpoint-dir": job["checkpoint_dir"],
+        "checkpoint-glob": job["checkpoint_glob"],
+        "max-restarts": job["max_restarts"],
+        "hang-timeout": job["hang_timeout"],
+        "grace": job["stop_timeout"],
+        "release": job["release"],
+    }
+    for name, value in options.items():
+        words += [f"--{name}", value]
+    return [str(word) for word in words]

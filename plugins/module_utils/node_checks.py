@@ -1,0 +1,238 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with the nodes themselves: each check looks at one thing and returns its problems."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.onprem.torch.plugins.module_utils.network import Endpoint
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
+
+if t.TYPE_CHECKING:
+    from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
+
+GIB = 1024**3
+# Distributions that the roles know, by os-release's ID and VERSION_ID.
+DISTRIBUTIONS = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu", "24.04")}
+ARCHITECTURES = ("x86_64", "aarch64")
+# The offset that a clock may have before certificates, logs and progress times mislead.
+CLOCK_TOLERANCE_SECONDS = 1.0
+# Measured: wheels, cache and environment take 1.3 GiB for a CPU build; CUDA builds bring 6 GiB of libraries, kept twice.
+CPU_TORCH_BYTES = 2 * GIB
+CUDA_TORCH_BYTES = 14 * GIB
+
+
+def unreadable(host: Host) -> list[Problem]:
+    """The node could not be asked: no SSH, no sudo, no Python."""
+    error = host.node.get("error")
+    if not error:
+        return []
+    text, _separator, cure = str(error).partition("; ")
+    return [Problem(host.name, "ansible_host", text, cure or "repair the connection")]
+
+
+def supported(host: Host) -> list[Problem]:
+    """Distribution, architecture and systemd are ones that the roles can handle."""
+    problems = []
+    found = host.node["distribution"]
+    if (found["id"], found["version"]) not in DISTRIBUTIONS:
+        text = f"the distribution is {found['name'] or 'unknown'}, but Debian 12 or 13 or Ubuntu 22.04 or 24.04 was expected"
+        problems.append(Problem(host.name, "", text, "install one of these or take the host out of the group"))
+    if host.node["architecture"] not in ARCHITECTURES:
+        text = f"the architecture is {host.node['architecture']}, but {' or '.join(ARCHITECTURES)} was expected"
+        problems.append(Problem(host.name, "", text, "take the host out of the group"))
+    if not host.node["systemd"]:
+        text = "systemd is not the first process, but the job is a systemd unit"
+        problems.append(Problem(host.name, "", text, "boot the node with systemd"))
+    return problems
+
+
+def python(host: Host) -> list[Problem]:
+    """The Python that torch is to run with is there."""
+    found = host.node["python"]
+    if found["version"]:
+        return []
+    text = f"pytorch_python is {found['path']}, but no Python answers there"
+    return [Problem(host.name, "pytorch_python", text, "install it or name another Python")]
+
+
+def clock(host: Host) -> list[Problem]:
+    """The clock agrees with the control node's."""
+    offset = host.node.get("clock_offset_seconds", 0.0)
+    if abs(offset) <= CLOCK_TOLERANCE_SECONDS:
+        return []
+    way = "ahead of" if offset > 0 else "behind"
+    text = f"the clock is {abs(offset):.1f} s {way} the control node's, but at most {CLOCK_TOLERANCE_SECONDS:.0f} s was expected"
+    return [Problem(host.name, "", text, "synchronise it (systemd-timesyncd or chrony)")]
+
+
+def disk(host: Host) -> list[Problem]:
+    """There is room for torch where it is still to be installed."""
+    root = host.variables.get("pytorch_root") or ""
+    free = host.node["disk"].get(root)
+    installs = host.variables.get("pytorch_source") in ("wheelhouse", "index")
+    if free is None or not installs or any(host.node["torch"].values()):
+        return []
+    gpus = (host.node.get("hardware") or {}).get("usable_gpus")
+    needed = CUDA_TORCH_BYTES if gpus else CPU_TORCH_BYTES
+    if free >= needed:
+        return []
+    text = f"{root} has {free / GIB:.1f} GiB free, but {needed / GIB:.0f} GiB are needed for torch"
+    return [Problem(host.name, "pytorch_root", text, "free some space or set pytorch_root to a larger file system")]
+
+
+def paths(host: Host) -> list[Problem]:
+    """Data folders, and a source that lies on the nodes, are there."""
+    problems = []
+    named = {str(path): "torchrun_data_paths" for path in host.variables.get("torchrun_data_paths") or []}
+    source = str(host.variables.get("torchrun_source") or "")
+    if source.startswith("remote:"):
+        named[source[len("remote:") :]] = "torchrun_source"
+    for path, variable in named.items():
+        if host.node["paths"].get(path) is False:
+            text = f"{variable} names {path}, which does not exist on this node"
+            problems.append(Problem(host.name, variable, text, "mount or create it, or correct the path"))
+    return problems
+
+
+def devices(host: Host) -> list[Problem]:
+    """torchrun_devices names GPUs that the node has, each once."""
+    variable = "torchrun_devices"
+    names = [entry.strip() for entry in str(host.variables.get(variable) or "").split(",") if entry.strip()]
+    if not names:
+        return []
+    gpus = (host.node.get("hardware") or {}).get("usable_gpus") or []
+    if not gpus:
+        text = f"{variable} is {','.join(names)!r}, but the node has no NVIDIA GPU"
+        return [Problem(host.name, variable, text, "remove it for a job on CPUs")]
+    problems = []
+    uuids = {str(gpu.get("uuid") or "") for gpu in gpus}
+    for name in names:
+        if name not in uuids and not (name.isdigit() and int(name) < len(gpus)):
+            text = f"{variable} names GPU {name}, but the node's GPUs are 0 to {len(gpus) - 1}"
+            problems.append(Problem(host.name, variable, text, "name GPUs that nvidia-smi lists"))
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        text = f"{variable} names GPU {name} more than once"
+        problems.append(Problem(host.name, variable, text, "name each GPU once"))
+    return problems
+
+
+def other_jobs(host: Host, job: str) -> list[Problem]:
+    """No other active job of ours uses the GPUs of this one."""
+    mine = set(str(host.variables.get("torchrun_devices") or "").replace(" ", "").split(",")) - {""}
+    gpus = (host.node.get("hardware") or {}).get("usable_gpus") or []
+    if not gpus:
+        return []
+    problems = []
+    for other in host.node.get("jobs") or []:
+        if other["job"] == job or not other["active"]:
+            continue
+        theirs = set(other["devices"].split(",")) - {""}
+        shared = sorted(mine & theirs) if mine and theirs else ["all"]
+        if shared:
+            text = f"GPU {', '.join(shared)} is in use by the job {other['job']!r}"
+            cure = "set torchrun_devices of both jobs to different GPUs, or stop the other job"
+            problems.append(Problem(host.name, "torchrun_devices", text, cure))
+    return problems
+
+
+def duplicates(hosts: t.Sequence[Host], chosen: t.Mapping[str, Endpoint]) -> list[Problem]:
+    """No two inventory names mean one machine."""
+    problems = []
+    holders: dict[str, str] = {}
+    for host in hosts:
+        identity = str(host.node.get("machine_id") or "")
+        address = chosen[host.name].address if host.name in chosen else ""
+        if identity and f"id {identity}" in holders:
+            other = holders[f"id {identity}"]
+            text = f"the machine id is that of {other}, so both names mean one machine or a copy of it"
+            cure = "remove one of them, or make a new id with: rm /etc/machine-id && systemd-machine-id-setup"
+            problems.append(Problem(host.name, "ansible_host", text, cure))
+        elif address and f"address {address}" in holders:
+            other = holders[f"address {address}"]
+            text = f"the address {address} is that of {other} too"
+            problems.append(Problem(host.name, "ansible_host", text, "give each node an address of its own"))
+        holders.setdefault(f"id {identity}", host.name)
+        holders.setdefault(f"address {address}", host.name)
+    return problems
+
+
+def same_python(hosts: t.Sequence[Host]) -> list[Problem]:
+    """All nodes run torch under one minor version of Python: pickles and wheels depend on it."""
+    minors: dict[str, list[str]] = {}
+    for host in hosts:
+        version = host.node["python"]["version"]
+        if version:
+            minors.setdefault(".".join(version.split(".")[:2]), []).append(host.name)
+    if len(minors) < 2:
+        return []
+    usual = max(minors, key=lambda minor: len(minors[minor]))
+    return [
+        Problem(
+            name,
+            "pytorch_python",
+            f"Python is {minor} here and {usual} on {minors[usual][0]}, but one version was expected on all nodes",
+            "set pytorch_python to the same version everywhere",
+        )
+        for minor, names in minors.items()
+        if minor != usual
+        for name in names
+    ]
+
+
+def same_torch(hosts: t.Sequence[Host]) -> list[Problem]:
+    """Environments that exist already hold one version of torch."""
+    variable = "pytorch_environment"
+    versions: dict[str, list[str]] = {}
+    problems = []
+    for host in hosts:
+        if host.variables.get("pytorch_source") != "existing":
+            continue
+        environment = str(host.variables.get(variable) or "")
+        version = host.node["torch"].get(environment, "")
+        if not environment:
+            text = "pytorch_source is existing, but pytorch_environment does not say which environment"
+            problems.append(Problem(host.name, variable, text, "set pytorch_environment to its folder"))
+        elif not version:
+            text = f"{variable} is {environment}, in which there is no torch"
+            problems.append(Problem(host.name, variable, text, "name the folder of an environment with torch"))
+        else:
+            versions.setdefault(version, []).append(host.name)
+    if len(versions) > 1:
+        usual = max(versions, key=lambda version: len(versions[version]))
+        for version, names in versions.items():
+            for name in names if version != usual else []:
+                text = f"torch is {version} here and {usual} on {versions[usual][0]}, but one version was expected on all nodes"
+                problems.append(Problem(name, variable, text, "install the same torch everywhere"))
+    return problems
+
+
+def mixed_hardware(hosts: t.Sequence[Host]) -> list[Problem]:
+    """Either every node has GPUs or none, unless nothing asks for them."""
+    without = [host.name for host in hosts if not (host.node.get("hardware") or {}).get("usable_gpus")]
+    line = str(hosts[0].variables.get("cuda_version") or "")
+    if without and line and line != "cpu":
+        text = f"cuda_version is {line!r}, but the node has no NVIDIA GPU"
+        cure = "set cuda_version: cpu for a job on CPUs, or take the host out of the group"
+        return [Problem(name, "cuda_version", text, cure) for name in without]
+    if without and len(without) < len(hosts):
+        text = "the node has no NVIDIA GPU that can be used, but other nodes of the group have"
+        return [Problem(name, "", text, "repair it, or take the host out of the group") for name in without]
+    return []
+
+
+def check_all(hosts: t.Sequence[Host], chosen: t.Mapping[str, Endpoint], job: str) -> list[Problem]:
+    """Return all problems of all nodes that could be read."""
+    problems: list[Problem] = []
+    readable = [host for host in hosts if host.node]
+    for host in readable:
+        for check in (supported, python, clock, disk, paths, devices):
+            problems += check(host)
+        problems += other_jobs(host, job)
+    if readable:
+        for compare in (same_python, same_torch, mixed_hardware):
+            problems += compare(readable)
+        problems += duplicates(readable, chosen)
+    return problems

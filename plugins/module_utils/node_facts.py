@@ -1,0 +1,199 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""What a node says of itself, read from files of the kernel and the distribution.
+
+Every function takes ``root``, the folder that stands for ``/``, so that recorded trees are fixtures.
+Nothing here writes, needs a driver or asks the network.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import shlex
+import socket
+import struct
+import subprocess
+import typing as t
+
+TCP_LISTEN = "0A"  # net/tcp_states.h: TCP_LISTEN = 10
+
+
+def read_text(path: str, default: str = "") -> str:
+    """Return the text of a file, or ``default`` where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+    except OSError:
+        return default
+
+
+def distribution(root: str = "/") -> dict[str, str]:
+    """Return id, version, codename and name from os-release(5)."""
+    fields: dict[str, str] = {}
+    for line in read_text(os.path.join(root, "etc/os-release")).splitlines():
+        key, separator, value = line.partition("=")
+        if separator:
+            fields[key] = " ".join(shlex.split(value))
+    return {
+        "id": fields.get("ID", ""),
+        "version": fields.get("VERSION_ID", ""),
+        "codename": fields.get("VERSION_CODENAME", ""),
+        "name": fields.get("PRETTY_NAME", ""),
+    }
+
+
+def ephemeral_ports(root: str = "/") -> list[int]:
+    """Return the first and last port that the kernel hands out (ip_local_port_range)."""
+    words = read_text(os.path.join(root, "proc/sys/net/ipv4/ip_local_port_range"), "32768 60999").split()
+    return [int(words[0]), int(words[1])]
+
+
+def decode_address(text: str) -> tuple[str, int]:
+    """Decode an ADDRESS:PORT of /proc/net/tcp or tcp6 (hexadecimal, 32-bit words in host order)."""
+    address, port = text.split(":")
+    words = [int(address[i : i + 8], 16) for i in range(0, len(address), 8)]
+    packed = struct.pack(f"={len(words)}I", *words)
+    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
+    return socket.inet_ntop(family, packed), int(port, 16)
+
+
+def socket_owners(root: str = "/") -> dict[str, int]:
+    """Return the process of every socket inode that this user may see."""
+    owners: dict[str, int] = {}
+    for link in glob.iglob(os.path.join(root, "proc/[0-9]*/fd/*")):
+        try:
+            target = os.readlink(link)
+        except OSError:
+            continue  # the process ended while we looked
+        if target.startswith("socket:["):
+            owners[target[8:-1]] = int(link.split("/")[-3])
+    return owners
+
+
+def unit_of(pid: int, root: str = "/") -> str:
+    """Return the systemd service that holds a process, or an empty string."""
+    match = re.search(r"/([^/]+\.service)(?:/|$)", read_text(os.path.join(root, f"proc/{pid}/cgroup")), re.M)
+    return match.group(1) if match else ""
+
+
+def listening(root: str = "/") -> list[dict[str, t.Any]]:
+    """Return every listening TCP socket: port, address, and the process, command and unit that hold it."""
+    found = []
+    for name in ("tcp", "tcp6"):
+        for line in read_text(os.path.join(root, "proc/net", name)).splitlines()[1:]:
+            words = line.split()
+            if len(words) > 9 and words[3] == TCP_LISTEN:
+                found.append((*decode_address(words[1]), words[9]))
+    owners = socket_owners(root) if found else {}
+    sockets = []
+    for address, port, inode in sorted(set(found), key=lambda item: (item[1], item[0])):
+        pid = owners.get(inode, 0)
+        sockets.append(
+            {
+                "address": address,
+                "port": port,
+                "pid": pid,
+                "command": read_text(os.path.join(root, f"proc/{pid}/comm")).strip() if pid else "",
+                "unit": unit_of(pid, root) if pid else "",
+            }
+        )
+    return sockets
+
+
+def free_bytes(path: str, root: str = "/") -> int:
+    """Return the bytes that are free for root-owned folders where ``path`` is, or would be, made."""
+    candidate = os.path.join(root, path.lstrip("/"))
+    while not os.path.exists(candidate):
+        candidate = os.path.dirname(candidate)
+    status = os.statvfs(candidate)
+    return status.f_bavail * status.f_frsize
+
+
+def torch_version(environment: str, root: str = "/") -> str:
+    """Return the version of the torch that lies in an environment (or the distribution's), unimported."""
+    pattern = os.path.join(root, environment.lstrip("/"), "lib/python3*/*-packages/torch/version.py")
+    for path in sorted(glob.glob(pattern)):
+        match = re.search(r"""^__version__\s*=\s*['"]([^'"]+)""", read_text(path), re.M)
+        if match:
+            return match.group(1)
+    return ""
+
+
+def python_version(python: str) -> str:
+    """Return the version that a Python executable reports, or an empty string."""
+    try:
+        command = [python, "-I", "-S", "-c", "import platform; print(platform.python_version())"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def parse_addresses(links: list[dict[str, t.Any]]) -> list[dict[str, t.Any]]:
+    """Return the interfaces of ``ip -json address``: name, state, mtu, addresses with prefix, virtual or not.
+
+    Link-local addresses are left out: they do not name a node to its peers.
+    """
+    interfaces = []
+    for link in links:
+        addresses = [
+            f"{entry['local']}/{entry['prefixlen']}"
+            for entry in link.get("addr_info", [])
+            if entry.get("local") and entry.get("scope") != "link"
+        ]
+        interfaces.append(
+            {
+                "name": link.get("ifname", ""),
+                "up": "UP" in link.get("flags", []),
+                "loopback": "LOOPBACK" in link.get("flags", []),
+                "mtu": link.get("mtu", 0),
+                "addresses": addresses,
+            }
+        )
+    return interfaces
+
+
+def resolved_name(name: str) -> list[str]:
+    """Return the addresses that the node's own name resolves to on the node."""
+    try:
+        return sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None)})
+    except OSError:
+        return []
+
+
+def environments(root_folder: str, root: str = "/") -> list[str]:
+    """Return the Python environments that lie in the folder ``environments`` of ``root_folder``."""
+    if not root_folder:
+        return []
+    return sorted(glob.glob(os.path.join(root, root_folder.lstrip("/"), "environments/*/")))
+
+
+def digest_of(path: str) -> str:
+    """Return the start of the SHA-256 of a file, empty where it cannot be read."""
+    text = read_text(path)
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
+
+
+def jobs(root: str = "/") -> list[dict[str, t.Any]]:
+    """Return our jobs on the node, from the section [X-OnpremTorch] of their units; active means: has processes."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(root, "etc/systemd/system/torchrun-*.service"))):
+        fields = dict(re.findall(r"^(\w+)=(.*)$", read_text(path).partition("[X-OnpremTorch]")[2], re.M))
+        unit = os.path.basename(path)
+        events = read_text(os.path.join(root, "sys/fs/cgroup/system.slice", unit, "cgroup.events"))
+        found.append(
+            {
+                "job": fields.get("Job", ""),
+                "unit": unit,
+                "active": "populated 1" in events,
+                "devices": fields.get("Devices", ""),
+                "master_port": int(fields.get("MasterPort", "0")),
+                "supervisor_port": int(fields.get("SupervisorPort", "0")),
+                "secret_id": digest_of(os.path.join(root, "etc/torchrun", f"{fields.get('Job', '')}.secret")),
+            }
+        )
+    return found

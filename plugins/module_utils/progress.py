@@ -1,0 +1,109 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""One look at rank 0's unit with a plain shell command, and what it means."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import typing as t
+from dataclasses import dataclass, field
+
+MARK = "--onprem-torch--"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look saw.
+
+    Attributes:
+        active: ActiveState of the unit.
+        result: Result of the unit.
+        state: the supervisor's state.
+        lines: new lines of the journal.
+        cursor: where the next look goes on.
+        checkpoint: path of the newest checkpoint, or an empty string.
+    """
+
+    active: str
+    result: str
+    state: dict[str, t.Any]
+    lines: list[str] = field(default_factory=list)
+    cursor: str = ""
+    checkpoint: str = ""
+
+
+def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
+    """Return a shell command that looks once; cheap enough to be run every second."""
+    unit = shlex.quote(job["unit"])
+    journal = f"journalctl --quiet --no-pager --output=cat --show-cursor --unit={unit}"
+    if cursor:
+        journal += f" --after-cursor={shlex.quote(cursor)}"
+    else:
+        # The lines since this start of the unit, not those of earlier runs.
+        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --property=InvocationID --value {unit})"
+    checkpoints = f"{shlex.quote(job['checkpoint_dir'])}/{job['checkpoint_glob']}"
+    return "; ".join(
+        [
+            f"systemctl show --property=ActiveState --property=Result {unit}",
+            f"echo {MARK}",
+            f"cat {shlex.quote(job['root'] + '/state/state.json')} 2>/dev/null",
+            f"echo {MARK}",
+            f"ls -1t {checkpoints} 2>/dev/null | head -n 1",
+            f"echo {MARK}",
+            journal,
+        ]
+    )
+
+
+def parse(output: str) -> Look:
+    """Return what the command's output says."""
+    show, state_text, checkpoint, journal = (part.strip("\r\n") for part in output.split(MARK, 3))
+    fields = dict(line.strip().split("=", 1) for line in show.splitlines() if "=" in line)
+    try:
+        state = json.loads(state_text) if state_text.strip() else {}
+    except ValueError:
+        state = {}
+    lines = journal.splitlines()
+    cursor = ""
+    if lines and lines[-1].startswith("-- cursor: "):
+        cursor = lines.pop()[len("-- cursor: ") :].strip()
+    return Look(fields.get("ActiveState", ""), fields.get("Result", ""), state, lines, cursor, checkpoint.strip())
+
+
+def outcome(look: Look) -> str:
+    """Return ``finished``, ``failed``, ``stopped`` or ``running``."""
+    state = str(look.state.get("state") or "")
+    if look.active in ("active", "activating", "reloading", "deactivating"):
+        return "running"
+    if look.active == "failed" or state == "failed":
+        return "failed"
+    if state == "done":
+        return "finished"
+    return "stopped"
+
+
+def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
+    """Return why the job failed: node, rank and first error."""
+    cause = look.state.get("cause") or {}
+    where = str(cause.get("host") or "a node")
+    if cause.get("rank") is not None:
+        where += f", rank {cause['rank']}"
+    if cause.get("local_rank") is not None:
+        where += f" (local rank {cause['local_rank']})"
+    what = []
+    if cause.get("signal"):
+        what.append(f"killed by {cause['signal']}")
+    elif cause.get("exit_code") is not None:
+        what.append(f"exit code {cause['exit_code']}")
+    error = " ".join(str(cause.get("error") or "").split())
+    if error:
+        what.append(error[:400])
+    return f"the job {job['name']} failed first on {where}: {', '.join(what) or look.result or 'no reason is known'}"
+
+
+def is_step(line: str, pattern: str) -> bool:
+    """Return whether a line tells of a training step."""
+    return bool(pattern and re.search(pattern, line))

@@ -1,0 +1,105 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""A job's source as one immutable thing: its files, their hash and an archive of them.
+
+The same functions run on the control node, which packs, and on the nodes, which verify what they unpacked.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import os
+import stat
+import tarfile
+import typing as t
+
+# What a project folder holds that no run needs.
+EXCLUDED = (".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".mypy_cache", ".pytest_cache", ".ipynb_checkpoints")
+
+
+class SourceError(Exception):
+    """The source cannot be shipped; the message says why."""
+
+
+def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
+    """Return relative name → path of every file of a source (a folder, or one file), sorted by name.
+
+    Symbolic links are followed, so that what is shipped does not depend on what lies beside it.
+
+    Raises:
+        SourceError: the source is missing or a file in it cannot be read.
+    """
+    if os.path.isfile(source):
+        return {os.path.basename(source): source}
+    if not os.path.isdir(source):
+        raise SourceError(f"{source} does not exist")
+    found: dict[str, str] = {}
+    for folder, folders, names in os.walk(source, followlinks=True):
+        kept = [name for name in folders if not matches(name, excluded)]
+        folders[:] = sorted(kept)
+        for name in names:
+            path = os.path.join(folder, name)
+            if matches(name, excluded) or not os.path.isfile(path):
+                continue
+            if not os.access(path, os.R_OK):
+                raise SourceError(f"{path} cannot be read")
+            found[os.path.relpath(path, source)] = path
+    return dict(sorted(found.items()))
+
+
+def matches(name: str, patterns: t.Sequence[str]) -> bool:
+    """Return whether a name matches one of the shell patterns."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def executable(path: str) -> bool:
+    """Return whether the owner may execute a file."""
+    return bool(os.stat(path).st_mode & stat.S_IXUSR)
+
+
+def tree_hash(members: t.Mapping[str, str]) -> str:
+    """Return the SHA-256 over names, executable bits and contents of files, as hexadecimal digits."""
+    total = hashlib.sha256()
+    for name, path in sorted(members.items()):
+        content = hashlib.sha256()
+        with open(path, "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                content.update(block)
+        total.update(f"{name}\0{int(executable(path))}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def pack(members: t.Mapping[str, str], archive: str) -> None:
+    """Write the files to a compressed tar archive without times and owners."""
+    with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+        for name, path in sorted(members.items()):
+            with open(path, "rb") as stream:
+                content = stream.read()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            entry.mode = 0o755 if executable(path) else 0o644
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def unpack(archive: str, folder: str) -> None:
+    """Unpack an archive of ours into a folder; names that leave the folder are refused.
+
+    Raises:
+        SourceError: the archive holds something else than files below the folder.
+    """
+    with tarfile.open(archive, "r:gz") as tar:
+        for entry in tar:
+            target = os.path.normpath(os.path.join(folder, entry.name))
+            if not entry.isfile() or not target.startswith(folder + os.sep):
+                raise SourceError(f"the archive holds {entry.name!r}, which is no file below its folder")
+            stream = tar.extractfile(entry)
+            if stream is None:
+                raise SourceError(f"the archive holds {entry.name!r} without a content")
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "wb") as output:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    output.write(block)
+            os.chmod(target, entry.mode & 0o755)

@@ -1,0 +1,91 @@
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+"""The variables a user may set: their types, and sentences for values that do not fit.
+
+The specification is the roles' own ``meta/argument_specs.yml``, so that what is documented is what is checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing as t
+
+# Roles whose prefix nobody else is likely to use: every unknown name with it is a slip of the pen.
+OWN_PREFIXES = ("torchrun_", "pytorch_", "nccl_verify_", "nvidia_driver_")
+# How alike two names must be to call one a misspelling of the other (difflib ratio, 0 to 1).
+ALIKE = 0.8
+# Names that plays themselves set with a known prefix.
+INTERNAL = frozenset({"cluster_plan", "cluster_group"})
+
+
+def shown(value: t.Any) -> str:
+    """Return a value as a person would write it, short enough for a sentence."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def convert(value: t.Any, spec: dict[str, t.Any]) -> tuple[t.Any, str]:
+    """Return the value in its specified type and what was expected where it does not fit (else an empty string).
+
+    Digits in a string are a number, since ``-e name=1`` gives strings; the string "false" is no boolean, since it is
+    true in every test that forgets to convert it.
+    """
+    if value is None:
+        return (None, "") if not spec.get("required") else (None, "a value")
+    kind = spec.get("type", "str")
+    if kind == "bool":
+        return (value, "") if isinstance(value, bool) else (None, "true or false without quotes")
+    if kind == "int":
+        if isinstance(value, str) and re.fullmatch(r"-?\d+", value.strip()):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            return None, "a whole number"
+    elif kind == "float":
+        if isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value.strip()):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None, "a number"
+        value = float(value)
+    elif kind in ("str", "path", "raw"):
+        if kind != "raw" and isinstance(value, (dict, list, tuple)):
+            return None, "text"
+        value = value if kind == "raw" else str(value)
+    elif kind == "dict":
+        if not isinstance(value, dict):
+            return None, "a mapping of names to values"
+        value = dict(value)
+    elif kind == "list":
+        if not isinstance(value, (list, tuple)):
+            return None, "a list"
+        items = []
+        for item in value:
+            converted, expected = convert(item, {"type": spec.get("elements", "raw")})
+            if expected:
+                return None, f"a list of which each element is {expected}"
+            items.append(converted)
+        value = items
+    choices = spec.get("choices")
+    if choices and value not in choices:
+        return None, "one of " + ", ".join(str(choice) for choice in choices)
+    return value, ""
+
+
+def nearest(name: str, known: t.Iterable[str]) -> str:
+    """Return the known name that is most like ``name``, or an empty string where none is alike."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=ALIKE)
+    return found[0] if found else ""
+
+
+def unknown_names(names: t.Iterable[str], known: t.Collection[str]) -> dict[str, str]:
+    """Return the variables with a prefix of ours that no role has, each with the nearest right name (or '')."""
+    prefixes = {name.split("_")[0] + "_" for name in known}
+    slips = {}
+    for name in names:
+        if name in known or name in INTERNAL or name.startswith("_") or not name.startswith(tuple(prefixes)):
+            continue
+        right = nearest(name, known)
+        if right or name.startswith(OWN_PREFIXES):
+            slips[name] = right
+    return slips

@@ -1,0 +1,193 @@
+#!/usr/bin/python
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: node_info
+short_description: Tell what a node is, for the plan
+version_added: 0.1.0
+description:
+  - Reads the distribution, Python, systemd, addresses, listening ports, disk space, clock and the GPU and network
+    hardware of a node. Reads only; needs no NVIDIA driver.
+  - The action plugin of this name turns a node that cannot be reached, has no sudo or no Python into a finding in
+    C(error), so that the plan can name every such node at once.
+options:
+  disk_paths:
+    description: Absolute paths whose file systems are asked for their free bytes. They need not exist.
+    type: list
+    elements: str
+    default: []
+  paths:
+    description: Absolute paths that are looked for.
+    type: list
+    elements: str
+    default: []
+  environments:
+    description: Python environments whose torch version is read without importing torch.
+    type: list
+    elements: str
+    default: []
+  environments_root:
+    description: Folder whose C(environments) are read in the same way.
+    type: str
+    default: ""
+  python:
+    description: The Python that torch is to run with.
+    type: str
+    default: /usr/bin/python3
+author:
+  - The onprem.torch maintainers
+attributes:
+  check_mode:
+    description: Can run in check mode and return the same.
+    support: full
+  diff_mode:
+    description: Changes nothing, so shows no difference.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Look at the node
+  onprem.torch.node_info:
+    disk_paths: [/var/lib/torchrun]
+  register: __node_info
+"""
+
+RETURN = r"""
+node:
+  description: The findings.
+  returned: success
+  type: dict
+  contains:
+    error:
+      description: Why the node could not be read, in one sentence; empty where it could.
+      type: str
+    distribution:
+      description: C(id), C(version), C(codename) and C(name) of os-release.
+      type: dict
+    architecture:
+      description: Machine name, such as C(x86_64).
+      type: str
+    kernel:
+      description: Release of the running kernel.
+      type: str
+    machine_id:
+      description: Content of /etc/machine-id.
+      type: str
+    hostname:
+      description: Name of the node as its kernel knows it.
+      type: str
+    hostname_addresses:
+      description: Addresses that this name resolves to on the node.
+      type: list
+      elements: str
+    systemd:
+      description: Whether systemd is PID 1.
+      type: bool
+    python:
+      description: C(path) and C(version) of the Python that torch is to run with; an empty version where there is none.
+      type: dict
+    interfaces:
+      description: Interfaces with C(name), C(up), C(loopback), C(mtu) in bytes and C(addresses) (address/prefix).
+      type: list
+      elements: dict
+    ephemeral_ports:
+      description: First and last port of net.ipv4.ip_local_port_range.
+      type: list
+      elements: int
+    listening:
+      description: Listening TCP sockets with C(address), C(port), C(pid), C(command) and C(unit).
+      type: list
+      elements: dict
+    disk:
+      description: Free bytes by path.
+      type: dict
+    paths:
+      description: Whether each path exists.
+      type: dict
+    torch:
+      description: Version of torch by environment; empty where there is none.
+      type: dict
+    jobs:
+      description: The jobs of this collection on the node, with C(job), C(unit), C(active), C(devices) and ports.
+      type: list
+      elements: dict
+    glibc:
+      description: Version of the C library, which decides the wheels that fit.
+      type: str
+    clock_offset_seconds:
+      description: Seconds by which the node's clock is surely ahead of the control node's (negative when behind).
+      type: float
+    cpus:
+      description: CPUs that the node may use.
+      type: int
+    memory_bytes:
+      description: Total memory in bytes.
+      type: int
+    hardware:
+      description: GPUs, NVSwitches, network adapters and driver, as documented in docs/nvidia.md.
+      type: dict
+"""
+
+import json
+import os
+import platform
+import socket
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.onprem.torch.plugins.module_utils import hardware, node_facts
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "disk_paths": {"type": "list", "elements": "str", "default": []},
+            "paths": {"type": "list", "elements": "str", "default": []},
+            "environments": {"type": "list", "elements": "str", "default": []},
+            "environments_root": {"type": "str", "default": ""},
+            "python": {"type": "str", "default": "/usr/bin/python3"},
+        },
+        supports_check_mode=True,
+    )
+    now = time.time()
+    returncode, links, stderr = module.run_command(["ip", "-json", "address"])
+    if returncode != 0:
+        module.fail_json(msg=f"the command ip (package iproute2) is needed to read the addresses: {stderr.strip()}")
+    python = module.params["python"]
+    environments = [*module.params["environments"], *node_facts.environments(module.params["environments_root"])]
+    name = socket.gethostname()
+    node = {
+        "error": "",
+        "distribution": node_facts.distribution(),
+        "architecture": platform.machine(),
+        "kernel": platform.release(),
+        "machine_id": node_facts.read_text("/etc/machine-id").strip(),
+        "hostname": name,
+        "hostname_addresses": node_facts.resolved_name(name),
+        "systemd": os.path.isdir("/run/systemd/system"),
+        "python": {
+            "path": python,
+            "version": node_facts.python_version(python) if os.path.exists(python) else "",
+        },
+        "interfaces": node_facts.parse_addresses(json.loads(links)),
+        "ephemeral_ports": node_facts.ephemeral_ports(),
+        "listening": node_facts.listening(),
+        "disk": {path: node_facts.free_bytes(path) for path in module.params["disk_paths"]},
+        "paths": {path: os.path.exists(path) for path in module.params["paths"]},
+        "torch": {path: node_facts.torch_version(path) for path in environments},
+        "jobs": node_facts.jobs(),
+        "glibc": platform.libc_ver()[1],
+        "time": now,
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "hardware": hardware.collect(root="/"),
+    }
+    module.exit_json(changed=False, node=node)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+#!/usr/bin/python
+# Copyright: Contributors to the onprem.torch project
+# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: pytorch_environment
+short_description: Provide a Python environment with torch on a node
+version_added: 0.1.0
+description:
+  - Builds a virtual environment with uv, from a wheelhouse or from an index, installs the distribution's own package, or
+    checks an environment that exists already.
+  - An environment is complete or is not used; an interrupted installation is removed and done again.
+  - With O(source=wheelhouse) the action plugin of this name downloads the wheels once on the control node and copies to
+    a node only those that it lacks, so that the nodes need no network.
+options:
+  source:
+    description: Where torch comes from.
+    type: str
+    choices: [wheelhouse, index, distribution, existing]
+    default: wheelhouse
+  environment:
+    description: Folder of the virtual environment. Ignored with O(source=distribution).
+    type: path
+  python:
+    description: The Python to build the environment with.
+    type: path
+    default: /usr/bin/python3
+  requirements:
+    description: Requirements in pip's syntax, torch among them. With O(source=distribution), names of packages.
+    type: list
+    elements: str
+    default: []
+  version:
+    description: Version of torch that must be there, without a local part such as C(+cu130). Empty for any.
+    type: str
+    default: ""
+  root:
+    description: Folder on the node for wheels, cache and uv.
+    type: path
+    default: /opt/onprem.torch
+  index_url:
+    description: Index to install from with O(source=index), or to download from with O(source=wheelhouse).
+    type: str
+    default: ""
+  extra_index_urls:
+    description: Further indexes.
+    type: list
+    elements: str
+    default: []
+  wheelhouse:
+    description: Folder on the control node that keeps downloaded wheels.
+    type: path
+    default: ~/.cache/onprem.torch/wheelhouse
+  platform:
+    description: C(architecture), C(glibc) and C(python) version of the node, which decide the wheels that fit.
+    type: dict
+    default: {}
+  wheels:
+    description: Name and size in bytes of each wheel; set by the action plugin.
+    type: dict
+    default: {}
+author:
+  - The onprem.torch maintainers
+attributes:
+  check_mode:
+    description: Says whether the environment would be built.
+    support: full
+  diff_mode:
+    description: Tells why the environment would be built.
+    support: full
+  action:
+    description: The action plugin provides the wheels.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Provide torch
+  onprem.torch.pytorch_environment:
+    environment: /opt/onprem.torch/environments/example
+    requirements: [torch==2.13.0]
+    version: 2.13.0
+    platform: {architecture: x86_64, glibc: "2.36", python: 3.11.2}
+"""
+
+RETURN = r"""
+environment:
+  description: Folder of the environment.
+  returned: success
+  type: str
+python:
+  description: Its Python executable.
+  returned: success
+  type: str
+versions:
+  description: C(torch), C(cuda) and C(nccl) of the installed torch; empty strings where it has none.
+  returned: success
+  type: dict
+missing:
+  description: Wheels that the node lacks.
+  returned: when the environment has to be built from a wheelhouse
+  type: list
+  elements: str
+"""
+
+import json
+import os
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts
+
+# Importing it proves that the installation works, and leaves the byte code that the job's user cannot write.
+PROBE = """
+import json, torch, torch.distributed, torch.distributed.run, torch.nn.parallel
+nccl = ""
+if torch.version.cuda:
+    from torch.cuda import nccl as library
+    nccl = ".".join(str(part) for part in library.version())
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda or "", "nccl": nccl}))
+"""
+
+
+def versions_of(module: AnsibleModule, python: str) -> dict[str, str]:
+    """Import torch and return its versions; fail with a sentence where that does not work."""
+    returncode, stdout, stderr = module.run_command([python, "-c", PROBE])
+    if returncode != 0:
+        reason = stderr.strip().splitlines()[-1] if stderr.strip() else f"exit status {returncode}"
+        module.fail_json(msg=f"torch cannot be imported by {python}: {reason}; repair or remove that environment")
+    return json.loads(stdout)
+
+
+def check_version(module: AnsibleModule, found: str, where: str) -> None:
+    """Fail where another torch is there than the one asked for."""
+    wanted = module.params["version"]
+    if wanted and found.split("+")[0] != wanted.split("+")[0]:
+        module.fail_json(
+            msg=f"{where} holds torch {found}, but pytorch_version is {wanted}; correct pytorch_version or install that version"
+        )
+
+
+def provide_existing(module: AnsibleModule) -> dict[str, object]:
+    """Check an environment that somebody else keeps."""
+    folder = module.params["environment"]
+    found = node_facts.torch_version(folder)
+    python = os.path.join(folder, "bin/python3")
+    if not found or not os.path.exists(python):
+        module.fail_json(msg=f"{folder} is no Python environment with torch; correct pytorch_environment")
+    check_version(module, found, folder)
+    return {"changed": False, "environment": folder, "python": python, "versions": {"torch": found}}
+
+
+def provide_distribution(module: AnsibleModule) -> dict[str, object]:
+    """Install the distribution's packages with apt."""
+    python = module.params["python"]
+    packages = module.params["requirements"]
+    returncode, stdout, _stderr = module.run_command(["dpkg-query", "-W", "-f=${Package} ${db:Status-Abbrev}\n", *packages])
+    there = {line.split()[0] for line in stdout.splitlines() if " ii" in line}
+    lacking = [name for name in packages if name not in there]
+    changed = bool(lacking)
+    if lacking and not module.check_mode:
+        environ = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+        # An interrupted installation of an earlier run is finished first.
+        module.run_command(["dpkg", "--configure", "-a", "--force-confold"], environ_update=environ)
+        for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", *lacking]):
+            returncode, stdout, stderr = module.run_command(command, environ_update=environ)
+            if returncode != 0:
+                reason = (stderr.strip() or stdout.strip()).splitlines()[-1]
+                module.fail_json(msg=f"{' '.join(command[:2])} failed: {reason}; check the node's apt sources")
+    result: dict[str, object] = {"changed": changed, "environment": "/usr", "python": python, "versions": {}}
+    if changed and module.check_mode:
+        return result
+    found = node_facts.torch_version("/usr")
+    check_version(module, found, "the package python3-torch")
+    result["versions"] = versions_of(module, python) if changed else {"torch": found}
+    return result
+
+
+def build(module: AnsibleModule, folder: str, python_version: str) -> dict[str, str]:
+    """Build the environment anew and return its versions."""
+    params = module.params
+    root = params["root"]
+    wheels = os.path.join(root, "wheels")
+    uv = environment.unpack_uv(wheels, os.path.join(root, "bin/uv"))
+    shutil.rmtree(folder, ignore_errors=True)
+    python = os.path.join(folder, "bin/python3")
+    install = [uv, "pip", "install", "--python", python, "--no-progress"]
+    if params["source"] == "wheelhouse":
+        install += ["--offline", "--no-index", "--find-links", wheels]
+    else:
+        if params["index_url"]:
+            install += ["--default-index", params["index_url"]]
+        for url in params["extra_index_urls"]:
+            install += ["--index", url]
+    environ = {"UV_CACHE_DIR": os.path.join(root, "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
+    for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], [*install, *params["requirements"]]):
+        returncode, stdout, stderr = module.run_command(command, environ_update=environ)
+        if returncode != 0:
+            reason = " ".join((stderr.strip() or stdout.strip()).split())[-600:]
+            module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
+    versions = versions_of(module, python)
+    check_version(module, versions["torch"], folder)
+    environment.write_record(folder, params["requirements"], python_version, versions)
+    return versions
+
+
+def provide_virtual(module: AnsibleModule) -> dict[str, object]:
+    """Build a virtual environment where it is not there yet."""
+    params = module.params
+    folder = params["environment"]
+    python_version = node_facts.python_version(params["python"])
+    reasons = environment.differences(folder, params["requirements"], python_version)
+    result: dict[str, object] = {"changed": bool(reasons), "environment": folder, "python": os.path.join(folder, "bin/python3")}
+    if not reasons:
+        result["versions"] = environment.record_of(folder)["versions"]
+        return result
+    result["diff"] = {"before": "\n".join(reasons) + "\n", "after": f"{folder}: {' '.join(params['requirements'])}\n"}
+    result["versions"] = {}
+    if module.check_mode:
+        return result
+    missing = environment.missing_wheels(params["wheels"], os.path.join(params["root"], "wheels"))
+    if missing or not params["wheels"]:
+        # The action plugin copies what is missing and calls again.
+        os.makedirs(os.path.join(params["root"], "wheels"), exist_ok=True)
+        result.update(changed=False, missing=missing, incomplete=True)
+        return result
+    result["versions"] = build(module, folder, python_version)
+    return result
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "source": {
+                "type": "str",
+                "choices": ["wheelhouse", "index", "distribution", "existing"],
+                "default": "wheelhouse",
+            },
+            "environment": {"type": "path"},
+            "python": {"type": "path", "default": "/usr/bin/python3"},
+            "requirements": {"type": "list", "elements": "str", "default": []},
+            "version": {"type": "str", "default": ""},
+            "root": {"type": "path", "default": "/opt/onprem.torch"},
+            "index_url": {"type": "str", "default": ""},
+            "extra_index_urls": {"type": "list", "elements": "str", "default": []},
+            "wheelhouse": {"type": "path", "default": "~/.cache/onprem.torch/wheelhouse"},
+            "platform": {"type": "dict", "default": {}},
+            "wheels": {"type": "dict", "default": {}},
+        },
+        required_if=[(("source"), value, ("environment",)) for value in ("wheelhouse", "index", "existing")],
+        supports_check_mode=True,
+    )
+    provide = {"existing": provide_existing, "distribution": provide_distribution}
+    module.exit_json(**provide.get(module.params["source"], provide_virtual)(module))
+
+
+if __name__ == "__main__":
+    main()
