@@ -138,6 +138,7 @@ class Limits:
         self.recheck = 3.0          # between local checks while one fails
         self.recheck_good = 30.0    # and while none does
         self.linger = 5.0           # how long the last word (stopped, failed) is offered to nodes that do not answer
+        self.done_linger = 3600.0   # the same for done: a node that never hears it would wait for the others for ever
 
     @staticmethod
     def backoff(failures: int) -> float:
@@ -176,11 +177,12 @@ class Coordinator:
     """
 
     def __init__(self, nnodes: int, limits: Limits, release: str = "", generation: int = 0,
-                 restarts_left: Optional[int] = None, unacknowledged: Optional[Iterable[int]] = None) -> None:
+                 restarts_left: Optional[int] = None, unacknowledged: Optional[Iterable[int]] = None,
+                 now: float = 0.0) -> None:
         self.limits, self.release = limits, release
         self.seats = [Seat(rank) for rank in range(nnodes)]
         self.phase = "waiting"
-        self.since = 0.0
+        self.since = now
         self.generation = generation
         self.restarts = 0
         self.restarts_left = limits.max_restarts if restarts_left is None else restarts_left
@@ -251,7 +253,7 @@ class Coordinator:
     def finished(self, now: float) -> bool:
         """Whether rank 0 may exit: everyone who can be told has been told."""
         if self.phase == "done":
-            return all(seat.acknowledged for seat in self.seats[1:])
+            return not self.unacknowledged() or now - self.since > self.limits.done_linger
         if self.phase in FINAL:
             told = all(seat.acknowledged or not seat.connected for seat in self.seats[1:])
             return told or now - self.since > self.limits.linger
@@ -1274,7 +1276,8 @@ class Supervisor:
             kept = old if goes_on and not old.get("result") else {}
             done = read_json(self.done_file)
             self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
-                                           kept.get("restarts_left"), (done or {}).get("unacknowledged"))
+                                           kept.get("restarts_left"), (done or {}).get("unacknowledged"),
+                                           time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = kept.get("history") or []
             self.view = self.coordinator.view()
