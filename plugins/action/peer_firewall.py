@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Runs the module of the same name and, after a change, confirms it over a new connection to the node."""
 
 from __future__ import annotations

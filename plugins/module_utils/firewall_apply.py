@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Carrying out a request on the node: gather, compare, and change with a timer that puts everything back unless confirmed."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What the firewall role keeps on a node: paths, the restoring script, the unit, the drop-in and the roll-back script.
 
 Pure: everything is text. The shell scripts are POSIX sh and awk, so that they work at boot and when Ansible is gone.

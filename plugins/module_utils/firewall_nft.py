@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The rules as nftables: a model, its text for `nft -f`, and the comparison with what `nft -j list ruleset` shows.
 
 Two places are rendered from the same jobs:

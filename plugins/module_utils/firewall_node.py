@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Everything the firewall module reads from and does to a node: files, commands, processes. The logic is elsewhere."""
 
 from __future__ import annotations

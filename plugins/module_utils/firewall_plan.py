@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """From the jobs and what the node has to what it should have: the backend, the files, the live rules, the differences.
 
 Pure: `Facts` go in, a `Target` and sentences come out.

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What one job asks of a node's firewall: parsed, checked, and kept as JSON.
 
 Pure: nothing here looks at the node. `parse_job` reports every problem at once, each as one sentence that

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What an nftables ruleset does with a new TCP connection: which chain decides, and by which rule.
 
 Pure: works on the list under "nftables" of `nft -j list ruleset`. A condition that cannot be known from the ruleset

@@ -1,7 +1,7 @@
 #!/usr/bin/python
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 
 from __future__ import annotations
 

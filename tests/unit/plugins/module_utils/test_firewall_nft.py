@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The nftables rules: what they look like, that the kernel takes them, and that they are recognised again."""
 
 from __future__ import annotations
