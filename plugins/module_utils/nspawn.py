@@ -87,20 +87,31 @@ def nspawn_words(
     return words
 
 
-# nspawn wants a plain cgroup2 mount; where PID 1 is no systemd one is made that only this node sees.
-WITHOUT_SYSTEMD = """
+# nspawn ends with this status when the node asks for a reboot; its caller has to start it again (systemd-nspawn(1)).
+REBOOT_STATUS = 133
+
+# nspawn wants a plain cgroup2 mount; where PID 1 is no systemd one is made that only this node sees. nspawn enters a
+# cgroup of its own, this shell stays outside: a cgroup with processes cannot hand controllers to its children.
+WITHOUT_SYSTEMD = f"""
 umount -R /sys/fs/cgroup 2>/dev/null
 mount -t cgroup2 none /sys/fs/cgroup || exit 1
-mkdir -p "/sys/fs/cgroup/onprem-lab/$1" && echo $$ >"/sys/fs/cgroup/onprem-lab/$1/cgroup.procs" || exit 1
+group=/sys/fs/cgroup/onprem-lab/$1
+mkdir -p "$group" || exit 1
 shift
-SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec "$@"
+export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+while :; do
+    /bin/sh -c 'echo $$ >"$0/cgroup.procs" && exec "$@"' "$group" "$@"
+    status=$?
+    [ $status -eq {REBOOT_STATUS} ] || exit $status
+done
 """
 
 
 def boot_words(machine: str, words: t.Sequence[str]) -> list[str]:
-    """Return the command that starts nspawn so that it outlives its caller."""
+    """Return the command that starts nspawn, again after each reboot of the node, so that it outlives its caller."""
     if unified_systemd():
-        return ["systemd-run", "--quiet", f"--unit=nspawn-{machine}", "--property=Delegate=yes", "--collect", "--", *words]
+        properties = [f"--property={name}={REBOOT_STATUS}" for name in ("RestartForceExitStatus", "SuccessExitStatus")]
+        return ["systemd-run", "--quiet", f"--unit=nspawn-{machine}", "--property=Delegate=yes", *properties, "--collect", "--", *words]
     return ["setsid", "unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", WITHOUT_SYSTEMD, "boot", machine, *words]
 
 

@@ -136,6 +136,8 @@ import uuid
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import nspawn
 
+# Between a node's reboot and its next boot nspawn ends and is started again.
+SECONDS_OFF_DURING_REBOOT = 5.0
 SETTINGS = ("root_file_system", "address", "address6", "gateway", "bridge", "devices", "binds", "environment", "distribution")
 
 
@@ -280,26 +282,35 @@ class Node:
             self.run("ip", "link", "delete", name, check=False)
 
     def power_off(self) -> None:
-        """End the node at once."""
+        """End the node at once, and what a killed nspawn left of it."""
         deadline = time.monotonic() + 15
-        first = nspawn.leader(self.machine, self.root)
-        while self.is_on():
+        while self.is_on() or self.cgroups():
             for pid in nspawn.processes(self.machine, self.root):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
+            self.empty_cgroups()
             if time.monotonic() > deadline:
-                self.fail("systemd-nspawn does not end")
-            time.sleep(0.05)
-        # The first process dies with nspawn; its network is gone only then.
-        while first and os.path.exists(f"/proc/{first}") and time.monotonic() < deadline:
-            try:
-                os.kill(first, signal.SIGKILL)
-            except ProcessLookupError:
-                break
+                self.fail("its processes do not end")
             time.sleep(0.05)
         self.remove_interface()
+
+    def cgroups(self) -> list[str]:
+        """Return the cgroups of the node that exist. systemd keeps those of its own units."""
+        folders = (os.path.join(path, "onprem-lab", self.machine) for path in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"))
+        return [folder for folder in folders if os.path.isdir(folder)]
+
+    def empty_cgroups(self) -> None:
+        """Kill whatever lives in the node's cgroups and remove those that are empty."""
+        for folder in self.cgroups():
+            with open(os.path.join(folder, "cgroup.kill"), "w", encoding="ascii") as stream:
+                stream.write("1")
+            for path, _folders, _files in os.walk(folder, topdown=False):
+                try:
+                    os.rmdir(path)
+                except OSError:
+                    return  # a process is still ending; the caller comes again
 
     def inside(self, *words: str) -> str:
         """Run a command inside the node and return what it prints."""
@@ -312,8 +323,11 @@ class Node:
         """Wait until the node answers and return the state of its services."""
         address = self.params["address"].split("/")[0]
         deadline = time.monotonic() + self.params["timeout"]
+        seen = time.monotonic()
         while time.monotonic() < deadline:
-            if not self.is_on():
+            if self.is_on():
+                seen = time.monotonic()
+            elif time.monotonic() - seen > SECONDS_OFF_DURING_REBOOT:
                 self.fail(f"the node has ended while it booted: {self.console()}")
             pid = nspawn.leader(self.machine, self.root)
             if pid and pid != not_leader and nspawn.answers_ssh(address):
@@ -373,22 +387,12 @@ class Node:
 
     def absent(self) -> dict[str, object]:
         """Remove the node and everything it wrote."""
-        changed = self.is_on() or os.path.lexists(self.folder) or nspawn.mounted(self.root)
+        changed = self.is_on() or bool(self.cgroups()) or os.path.lexists(self.folder) or nspawn.mounted(self.root)
         if changed and not self.module.check_mode:
             self.power_off()
             self.unmount()
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.remove_cgroups()
         return {"changed": changed}
-
-    def remove_cgroups(self) -> None:
-        """Remove the empty cgroups that the node's first process made."""
-        for hierarchy in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
-            for folder, _folders, _files in os.walk(os.path.join(hierarchy, "onprem-lab", self.machine), topdown=False):
-                try:
-                    os.rmdir(folder)
-                except OSError:
-                    continue  # its last process is still ending; an empty cgroup costs nothing
 
 
 def main() -> None:
