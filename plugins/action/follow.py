@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Follows a job: rank 0's journal as it is written, until the first step, the end or a failure."""
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class ActionModule(ActionBase):
         if self._task.check_mode:
             result.update(skipped=True, msg="nothing is started in check mode, so there is nothing to follow")
             return result
-        result.update(self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"]))
+        found = self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"])
+        result.update(found)
+        display.display("\n" + "\n".join(progress.summary(arguments["job"], arguments["host"], found)) + "\n")
         return result
 
     def _follow(self, job: dict[str, t.Any], host: str, until: str, again: str) -> dict[str, t.Any]:

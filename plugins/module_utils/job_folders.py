@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The folders of a job on a node, and its releases: staged whole, switched by one rename.
 
     ROOT/releases/ID/source/…, torchrun_supervisor.py, release.json   read-only, root's
@@ -14,11 +14,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils import environment, source_tree
 
 RECORD = "release.json"
+SET_ASIDE = "set-aside-"
 SUPERVISOR = "torchrun_supervisor.py"
 
 
@@ -123,6 +125,29 @@ def prune(root: str, keep: t.Collection[str], count: int) -> None:
     for name in releases[count:]:
         if name not in keep:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def checkpoints(folder: str) -> list[str]:
+    """Return the names in the checkpoint folder that belong to the run, not to earlier ones."""
+    if not folder or not os.path.isdir(folder):
+        return []
+    return sorted(name for name in os.listdir(folder) if not name.startswith(SET_ASIDE))
+
+
+def set_aside(folder: str, names: t.Sequence[str]) -> None:
+    """Move names of the checkpoint folder into a folder of their own inside it, so that a mount point works too.
+
+    The folder may be shared: a name that another node has moved already is no error.
+    """
+    if not names:
+        return
+    target = os.path.join(folder, SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+    os.makedirs(target, exist_ok=True)
+    for name in names:
+        try:
+            os.rename(os.path.join(folder, name), os.path.join(target, name))
+        except FileNotFoundError:
+            continue
 
 
 def finished(root: str, release: str) -> bool:

@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What a job does as a whole, from what its nodes tell, and as tables for a person."""
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def status_rows(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[
         checkpoint = info.get("checkpoint") or {}
         named = f"{checkpoint['name']} ({age(checkpoint['time'], now)})" if checkpoint else "-"
         since = age(info["since"], now) if info.get("since") else "-"
-        what = info["unit"] if info["unit"] != "active" else str(state.get("state") or "active")
+        what = unit_word(info["unit"], str(state.get("state") or ""))
         left = state.get("restarts_left")
         rows.append(
             (
@@ -115,11 +115,26 @@ def status_rows(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[
                 since,
                 state.get("generation", "-"),
                 "-" if left is None else left,
-                (info.get("step") or "-")[:70],
+                short(info.get("step") or "-"),
                 named,
             )
         )
     return rows
+
+
+def short(line: str) -> str:
+    """Return a step line without its rank, short enough for a column."""
+    text = line.partition("] ")[2] if line.startswith("[rank ") else line
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def unit_word(unit: str, state: str) -> str:
+    """Return one word for what the unit does: the supervisor knows better than systemd why it runs or has ended."""
+    if unit == "active":
+        return state or "active"
+    if unit == "inactive" and state in ("done", "stopped"):
+        return "finished" if state == "done" else "stopped"
+    return unit
 
 
 STATUS_HEADER = ("HOST", "RANK", "STATE", "SINCE", "GENERATION", "RESTARTS LEFT", "LAST STEP", "NEWEST CHECKPOINT")

@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What the unit of a node runs: the command of torch.distributed.run, the supervisor before it, and their environment."""
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict
         "GLOO_SOCKET_IFNAME": node["interface"],
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
         "PYTHONUNBUFFERED": "1",
-        # The release is read-only, so byte code and caches go to a folder of the job's.
-        "PYTHONPYCACHEPREFIX": f"{root}/cache/pycache",
+        # Release and environment are read-only, so home and caches are folders of the job's.
         "HOME": f"{root}/work",
         "XDG_CACHE_HOME": f"{root}/cache",
         "TORCHRUN_JOB": job["name"],

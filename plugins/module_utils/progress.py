@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """One look at rank 0's unit with a plain shell command, and what it means."""
 
 from __future__ import annotations
@@ -107,3 +107,14 @@ def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
 def is_step(line: str, pattern: str) -> bool:
     """Return whether a line tells of a training step."""
     return bool(pattern and re.search(pattern, line))
+
+
+def summary(job: t.Mapping[str, t.Any], host: str, found: t.Mapping[str, t.Any]) -> list[str]:
+    """Return what a person wants to know when the following ends."""
+    lines = [str(found["msg"])]
+    last = str(found.get("last_line") or found.get("last_step") or "")
+    if last:
+        lines.append(f"  last words   {last.partition('] ')[2] if last.startswith('[rank ') else last}")
+    lines.append(f"  checkpoint   {host}:{found.get('checkpoint') or job['checkpoint_dir'] + ' (none yet)'}")
+    lines.append(f"  logs         {job['log_dir']} on each node, and journalctl --unit {job['unit']}")
+    return lines

@@ -1,7 +1,7 @@
 #!/usr/bin/python
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ options:
       - V(present) stages the release and everything that a running job does not notice.
       - V(started) switches the unit to the release and starts it. A unit that runs it already is left alone.
       - V(stopped) stops the unit; the job writes its checkpoint first.
+      - V(fresh) sets the checkpoints of a stopped job aside, so that it starts from nothing.
       - V(absent) removes the unit, secret and releases. Checkpoints and logs stay.
     type: str
-    choices: [present, started, stopped, absent]
+    choices: [present, started, stopped, fresh, absent]
     default: present
   job:
     description: Name of the job.
@@ -40,6 +41,10 @@ options:
     type: list
     elements: path
     default: []
+  checkpoint_dir:
+    description: Folder of the checkpoints, for V(fresh).
+    type: path
+    default: ""
   release:
     description: Id of the release.
     type: str
@@ -81,7 +86,7 @@ options:
     type: int
     default: 3
 author:
-  - The onprem.torch maintainers
+  - The onprem.torch maintainers (@onprem-torch)
 attributes:
   check_mode:
     description: Says what would change and changes nothing.
@@ -269,7 +274,6 @@ class Node:
             return
         if self.keep_file(self.unit_path, params["unit"], 0o644):
             self.systemctl("daemon-reload")
-        self.systemctl("reset-failed", self.unit_name)
         self.systemctl("enable", "--quiet", self.unit_name)
         self.systemctl("start", self.unit_name)
         self.changes.append(f"start of {self.unit_name}")
@@ -285,6 +289,23 @@ class Node:
         if not self.module.check_mode:
             self.systemctl("disable", "--quiet", self.unit_name)
             self.systemctl("stop", self.unit_name)
+
+    def fresh(self) -> None:
+        """Set the checkpoints aside, never delete them, and forget that the job has finished."""
+        root, folder = self.params["root"], self.params["checkpoint_dir"]
+        if self.active():
+            self.module.fail_json(msg=f"{self.unit_name} runs; stop the job on all nodes first (playbooks/stop.yml)")
+        old = job_folders.checkpoints(folder)
+        done = os.path.join(root, "state", "done")
+        if old:
+            self.changes.append(f"{len(old)} files of {folder}")
+        if os.path.exists(done):
+            self.changes.append(done)
+        if self.module.check_mode:
+            return
+        job_folders.set_aside(folder, old)
+        if os.path.exists(done):
+            os.unlink(done)
 
     def absent(self) -> None:
         """Remove what the job does not need to be looked at or resumed."""
@@ -328,11 +349,12 @@ class Node:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "started", "stopped", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "started", "stopped", "fresh", "absent"], "default": "present"},
             "job": {"type": "str", "required": True},
             "root": {"type": "path", "required": True},
             "user": {"type": "str", "default": "torchrun"},
             "folders": {"type": "list", "elements": "path", "default": []},
+            "checkpoint_dir": {"type": "path", "default": ""},
             "release": {"type": "str", "default": ""},
             "source_path": {"type": "path", "default": ""},
             "source_remote": {"type": "bool", "default": False},

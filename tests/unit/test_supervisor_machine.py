@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The two state machines against a simulated cluster: any order of faults, no sockets, no clock."""
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-#!/usr/bin/python3
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Run one node's share of a torch.distributed.run job, and bring the whole gang back when one node fails.
 
 The main process of ``torchrun-<job>.service`` on every node. torchrun runs in a sub-cgroup of its own, so that nothing
