@@ -89,6 +89,14 @@ def test_unexpected_error_json(broken):
     assert supervisor.cause_from(1, broken, [])["exit_code"] == 1
 
 
+def test_last_words_without_error_json():
+    tail = ["[rank 1] [rank1]: Traceback (most recent call last):", "[rank 1] [rank1]:   File \"train.py\", line 3",
+            "[rank 0] [rank0]: RuntimeError: Connection closed by peer", "[rank 1] [rank1]: ValueError: bad sample",
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:"]
+    cause = supervisor.cause_from(1, None, tail)
+    assert cause["error"] == "ValueError: bad sample" and not cause["echo"]
+
+
 def test_killed_torchrun():
     cause = supervisor.cause_from(-9, None, [])
     assert supervisor.describe(dict(cause, host="lab1")) == "lab1: killed by SIGKILL: torchrun itself was killed"

@@ -967,8 +967,11 @@ class Torchrun:
         """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
         paths = [self.error_file]
         if self.log_dir:
-            found = glob.glob(os.path.join(glob.escape(self.log_dir), "**", "error.json"), recursive=True)
-            paths += sorted((path for path in found if (mtime(path) or 0) >= self.started), key=lambda path: mtime(path) or 0)
+            found = []
+            for run in glob.glob(os.path.join(glob.escape(self.log_dir), "*")):
+                if (mtime(run) or 0) >= self.started:
+                    found += glob.glob(os.path.join(glob.escape(run), "**", "error.json"), recursive=True)
+            paths += sorted(found, key=lambda path: mtime(path) or 0)
         for path in paths:
             report = read_json(path)
             if report:
@@ -1061,9 +1064,10 @@ def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
         else:
             cause["exit_code"] = first["exitcode"]
     if cause["error"] is None and cause["signal"] in (None, "SIGABRT"):
-        spoken = [line for line in tail if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b", line)
+        bare = [re.sub(r"^(\[[^\]]*\]:? ?)+", "", line) for line in tail]      # without [rank 0] and [rank0]:
+        spoken = [line for line in bare if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)
                   and "ChildFailedError" not in line and "SignalException" not in line]
-        cause["error"] = spoken[0] if spoken else None
+        cause["error"] = next((line for line in spoken if not ECHO.search(line)), spoken[0] if spoken else None)
     cause["echo"] = bool(cause["error"] and ECHO.search(cause["error"])) and cause["signal"] in (None, "SIGABRT")
     return cause
 
@@ -1364,7 +1368,8 @@ class Supervisor:
         while True:
             now = time.monotonic()
             self.turn(now)
-            if self.code is not None and (now >= self.quit_by or not any(link.session.outgoing for link in self.links.values())):
+            unsent = any(link.session.outgoing for link in self.links.values())
+            if self.code is not None and (now >= self.quit_by or not unsent):
                 return self.code
             for key, mask in self.selector.select(max(0.0, self.wake_at(now) - now)):
                 self.ready(key, mask, time.monotonic())
