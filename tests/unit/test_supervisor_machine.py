@@ -158,7 +158,7 @@ class World:
 
     def talk(self, node):
         """Reports and orders, as Supervisor carries them."""
-        report = dict(node.member.report(), checkpoints=node.checkpoints, lines=node.lines)
+        report = dict(node.member.report(), checkpoints=node.checkpoints, lines=node.lines, checkpoint=None)
         if node.rank == 0:
             self.coordinator.report(0, 0, report, self.now)
             node.member.receive(self.coordinator.order())

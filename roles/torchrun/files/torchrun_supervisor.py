@@ -74,6 +74,10 @@ JSON = dict[str, Any]
 _output_lock = threading.Lock()
 
 
+class ProtocolError(Exception):
+    """The peer is not one of ours, or not in its right mind: drop the connection."""
+
+
 def write_all(descriptor: int, data: bytes) -> None:
     """Write bytes as one piece: lines of several threads never mix."""
     with _output_lock:
@@ -169,6 +173,31 @@ class Seat:
         return self.connected and self.report.get("phase") == "idle"
 
 
+REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), "generation": (int,),
+          "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
+          "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
+          "checkpoint": (dict, type(None))}
+EXIT = {"generation": (int,), "code": (int,), "ordered": (bool,), "cause": (dict, type(None))}
+CAUSE = {"reason": (str,), "error": (str, type(None)), "time": (int, float, type(None))}
+
+
+def check_shape(value: JSON, shape: dict[str, tuple[type, ...]]) -> None:
+    """Raise ProtocolError unless a message has these keys with these types."""
+    for key, types in shape.items():
+        if not isinstance(value.get(key), types):
+            raise ProtocolError(f"{key} is missing or of the wrong type")
+
+
+def check_report(report: JSON) -> None:
+    """Raise ProtocolError unless this is what a member says."""
+    check_shape(report, REPORT)
+    if report["exit"]:
+        check_shape(report["exit"], EXIT)
+        check_shape(report["exit"]["cause"] or {"reason": ""}, CAUSE)
+    if not all(isinstance(problem, dict) for problem in report["problems"] or []):
+        raise ProtocolError("problems is of the wrong type")
+
+
 class Coordinator:
     """Rank 0's view of the gang. Feed it join, report, leave and tick; ask it for the order of each rank.
 
@@ -213,8 +242,8 @@ class Coordinator:
         seat = self.seats[rank]
         if not seat.connected or session != seat.session:
             return
-        seat.heard, seat.report = now, report
-        seat.host = str(report.get("host") or seat.host or "")[:255] or None
+        check_report(report)
+        seat.heard, seat.report, seat.host = now, report, report["host"][:255]
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
         last = report.get("exit") or {}
@@ -593,10 +622,6 @@ def time_of(cause: Optional[JSON]) -> Optional[float]:
 # The wire: length-limited JSON frames, authenticated both ways
 
 
-class ProtocolError(Exception):
-    """The peer is not one of ours, or not in its right mind: drop the connection."""
-
-
 class Session:
     """One end of an authenticated stream: bytes in, messages out. Opens no socket.
 
@@ -849,6 +874,7 @@ class Torchrun:
         self.started = 0.0
         self.oom_before = 0
         self.failed_at: Optional[float] = None      # when it was seen to end its workers, or a start that failed
+        self.terminated = False                     # told to end by us
         self.stuck: list[str] = []                  # processes found stopped when the job hung
         self.start_error = ""
 
@@ -863,7 +889,8 @@ class Torchrun:
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             environment.pop(name, None)
         self.oom_before, self.started = self.tree.oom_kills(), time.time()
-        self.failed_at, self.stuck, self.start_error, self.process, self.pumps = None, [], "", None, []
+        self.failed_at, self.terminated, self.stuck, self.start_error = None, False, [], ""
+        self.process, self.pumps = None, []
         try:
             self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, env=environment,
                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -877,8 +904,9 @@ class Torchrun:
             self.pumps[-1].start()
 
     def _closing(self) -> None:
-        self.failed_at = self.failed_at or time.time()
-        self.on_closing()
+        if not self.terminated:
+            self.failed_at = self.failed_at or time.time()
+            self.on_closing()
 
     def lines(self) -> int:
         """Output lines seen so far: a change means that something still speaks."""
@@ -891,6 +919,7 @@ class Torchrun:
                 state, name = process_state(pid)
                 if state in ("T", "t"):
                     self.stuck.append(f"process {pid} ({name}) is stopped (state {state})")
+        self.terminated = True
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
@@ -938,8 +967,11 @@ class Torchrun:
         """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
         paths = [self.error_file]
         if self.log_dir:
-            found = glob.glob(os.path.join(glob.escape(self.log_dir), "**", "error.json"), recursive=True)
-            paths += sorted((path for path in found if (mtime(path) or 0) >= self.started), key=lambda path: mtime(path) or 0)
+            found = []
+            for run in glob.glob(os.path.join(glob.escape(self.log_dir), "*")):
+                if (mtime(run) or 0) >= self.started:
+                    found += glob.glob(os.path.join(glob.escape(run), "**", "error.json"), recursive=True)
+            paths += sorted(found, key=lambda path: mtime(path) or 0)
         for path in paths:
             report = read_json(path)
             if report:
@@ -1032,9 +1064,10 @@ def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
         else:
             cause["exit_code"] = first["exitcode"]
     if cause["error"] is None and cause["signal"] in (None, "SIGABRT"):
-        spoken = [line for line in tail if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b", line)
+        bare = [re.sub(r"^(\[[^\]]*\]:? ?)+", "", line) for line in tail]      # without [rank 0] and [rank0]:
+        spoken = [line for line in bare if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)
                   and "ChildFailedError" not in line and "SignalException" not in line]
-        cause["error"] = spoken[0] if spoken else None
+        cause["error"] = next((line for line in spoken if not ECHO.search(line)), spoken[0] if spoken else None)
     cause["echo"] = bool(cause["error"] and ECHO.search(cause["error"])) and cause["signal"] in (None, "SIGABRT")
     return cause
 
@@ -1090,7 +1123,7 @@ class Watch(threading.Thread):
             stamp = mtime(path)
             if stamp is not None and not path.endswith(".tmp"):
                 found[path] = stamp
-        newest = max(found, key=lambda path: found[path]) if found else None
+        newest = max(found, key=lambda path: (found[path], path)) if found else None
         previous = self.newest
         if newest is not None:
             self.newest = {"path": newest, "time": found[newest]}
@@ -1335,7 +1368,8 @@ class Supervisor:
         while True:
             now = time.monotonic()
             self.turn(now)
-            if self.code is not None and (now >= self.quit_by or not any(link.session.outgoing for link in self.links.values())):
+            unsent = any(link.session.outgoing for link in self.links.values())
+            if self.code is not None and (now >= self.quit_by or not unsent):
                 return self.code
             for key, mask in self.selector.select(max(0.0, self.wake_at(now) - now)):
                 self.ready(key, mask, time.monotonic())
@@ -1639,8 +1673,9 @@ class Supervisor:
         view, member, options = dict(self.view), self.member, self.options
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}")
-        if member.result:
-            view["state"] = member.result
+        if member.result and view["state"] != member.result:
+            by = view["stopped_by"] or options.host
+            view.update(state=member.result, stopped_by=by, text=f"{member.result} as requested on {by}")
         elif (member.stop_at is not None or member.leaving) and view["state"] not in FINAL:
             view.update(state="stopping", text=f"{options.host} is shutting down" if member.leaving else view["text"])
         if view["state"] != self.written.get("state"):
