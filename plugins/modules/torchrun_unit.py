@@ -1,7 +1,7 @@
 #!/usr/bin/python
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ options:
     type: int
     default: 3
 author:
-  - The onprem.torch maintainers
+  - The onprem.torch maintainers (@onprem-torch)
 attributes:
   check_mode:
     description: Says what would change and changes nothing.

@@ -1,36 +1,75 @@
-#!/usr/bin/python3
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
-"""Run one node's share of a torch.distributed.run job and keep its life in order.
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Run one node's share of a torch.distributed.run job, and bring the whole gang back when one node fails.
 
-The main process of ``torchrun-<job>.service``. torchrun runs in a sub-cgroup of its own, so that nothing of it
-survives; the supervisor stays alive to tell why it ended.
+The main process of ``torchrun-<job>.service`` on every node. torchrun runs in a sub-cgroup of its own, so that nothing
+of it survives; the supervisor stays alive to tell why it ended. Rank 0's supervisor coordinates: a generation (one
+torchrun on every node) starts only when all nodes have joined and nothing of the one before is alive anywhere; a
+failure on one node ends it on all; then all start again. docs/supervisor.md has the protocol and the reasons.
+
+Layers, top to bottom of this file
+    Coordinator, Member     the two state machines: no clock, no socket, no process; every call is given the time
+    Session                 the authenticated message stream, bytes in and bytes out
+    CgroupTree, Torchrun    the processes of one generation, and why they ended
+    Watch, run_checks       progress (new checkpoints) and the local checks before a start
+    Supervisor              one selectors loop that ties them together
 
 Exit codes
     0   the job is done, or its stop was requested (systemctl stop, shutdown of the node)
-    2   wrong usage or configuration; systemd must not restart (RestartPreventExitStatus=2 10)
-    10  the job failed for good; systemd must not restart
+    2   wrong usage or configuration; systemd must not restart it (RestartPreventExitStatus=2 10)
+    10  the job failed for good: the restart budget is spent; systemd must not restart it
     1   the supervisor itself failed; systemd restarts it
+
+state.json in --state-dir (replaced in one step at every change; times are seconds since the epoch)
+    version         1
+    job, host, rank, nnodes, release, pid, written
+    state           of the whole job as this node knows it: waiting, running, stopping, done, stopped, failed
+    text            the same as one sentence for people, e.g. "waiting for lab3: /dev/shm has 12 MiB free, ..."
+    since           when this state began
+    node            this node's part: {phase: idle | running | stopping, generation, problems: [{check, text}],
+                    connected: whether rank 0's supervisor is heard}
+    generation      the generation running now, or the last one
+    restarts        generations ended early since this supervisor's first start (all reasons)
+    restarts_left, max_restarts     the budget: failures without progress that are still forgiven
+    checkpoint      newest file that matched the glob on this node: {path, time} or null
+    last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
+    first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
+                    signal, error, out of memory, hang, lost, shutdown), error, exit_code, signal, generation, time,
+                    text (one sentence), charged (whether it cost budget)} or null
+    history         rank 0 only: the last 20 such causes, oldest first
+    result          null, done, stopped or failed
+    stopped_by      the host where the stop was asked for, or null
+    members         rank 0 only: {rank: {host, connected, phase, generation, problems, checkpoint}}
+The file ``done`` beside it ({job, release, finished, unacknowledged: [ranks]}) is there once every node's torchrun has
+exited 0; a supervisor that finds it with its own release exits 0 at once.
 """
 from __future__ import annotations
 
 import argparse
 import collections
+import errno
 import glob
+import hashlib
+import hmac
 import json
 import os
 import re
+import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED = 0, 1, 2, 10
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
-TAIL_LINES, TAIL_WIDTH = 60, 1000   # what is kept of torchrun's output to tell a cause
+TAIL_LINES, TAIL_WIDTH = 80, 1000   # what is kept of torchrun's output to tell a cause
+HISTORY = 20
+FINAL = ("done", "stopped", "failed")
+JSON = dict[str, Any]
 
 _output_lock = threading.Lock()
 
@@ -80,6 +119,585 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The coordinator: decides for all nodes when a generation starts and ends (pure)
+
+
+class Limits:
+    """Times in seconds, shared by both state machines."""
+
+    def __init__(self, max_restarts: int = 3, hang_timeout: float = 0.0, grace: float = 30.0, abort_grace: float = 3.0,
+                 heartbeat: float = 1.0, lost_after: float = 5.0, start_timeout: float = 30.0) -> None:
+        self.max_restarts, self.hang_timeout = max_restarts, hang_timeout
+        self.grace, self.abort_grace = grace, abort_grace
+        self.heartbeat, self.lost_after, self.start_timeout = heartbeat, lost_after, start_timeout
+        self.report_time = 3.0      # what a torchrun that has failed gets to write its report
+        self.recheck = 3.0          # between local checks while one fails
+        self.recheck_good = 30.0    # and while none does
+        self.linger = 5.0           # how long the last word (stopped, failed) is offered to nodes that do not answer
+        self.done_linger = 3600.0   # the same for done: a node that never hears it would wait for the others for ever
+
+    @staticmethod
+    def backoff(failures: int) -> float:
+        """Wait before the restart after so many failures in a row: 0, 1, 2, 4 ... 30 s."""
+        return 0.0 if failures <= 1 else min(30.0, 2.0 ** (failures - 2))
+
+
+class Seat:
+    """What the coordinator knows of one node."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.host: Optional[str] = None
+        self.connected = False
+        self.session = 0            # the connection that speaks for this rank; older ones are not heard
+        self.heard = 0.0
+        self.report: JSON = {}
+        self.finished = 0           # the last generation whose torchrun exited 0 here
+        self.acknowledged = False   # has taken the job's result to heart
+        self.checkpoints: Optional[int] = None
+        self.lines: Optional[int] = None
+
+    @property
+    def name(self) -> str:
+        return self.host or f"rank {self.rank}"
+
+    @property
+    def idle(self) -> bool:
+        return self.connected and self.report.get("phase") == "idle"
+
+
+class Coordinator:
+    """Rank 0's view of the gang. Feed it join, report, leave and tick; ask it for the order of each rank.
+
+    Reports and orders carry the whole state of their sender, so that a lost or repeated one does no harm.
+    """
+
+    def __init__(self, nnodes: int, limits: Limits, release: str = "", generation: int = 0,
+                 restarts_left: Optional[int] = None, unacknowledged: Optional[Iterable[int]] = None,
+                 now: float = 0.0) -> None:
+        self.limits, self.release = limits, release
+        self.seats = [Seat(rank) for rank in range(nnodes)]
+        self.phase = "waiting"
+        self.since = now
+        self.generation = generation
+        self.restarts = 0
+        self.restarts_left = limits.max_restarts if restarts_left is None else restarts_left
+        self.failures = 0                       # in a row, without progress
+        self.not_before = 0.0                   # backoff
+        self.activity = 0.0                     # last progress or output line of this generation
+        self.abort: Optional[JSON] = None       # why this generation ends, until that is settled
+        self.first_cause: Optional[JSON] = None
+        self.history: list[JSON] = []
+        self.stopped_by: Optional[str] = None
+        if unacknowledged is not None:          # done before; some nodes have not been told
+            self.phase = "done"
+            for seat in self.seats:
+                seat.acknowledged = seat.rank not in unacknowledged
+
+    # -- events
+
+    def join(self, rank: int, session: int, now: float) -> None:
+        """An authenticated connection speaks for this rank from now on."""
+        seat = self.seats[rank]
+        if seat.connected:
+            self._lose(seat, "its supervisor started anew", now)
+        seat.connected, seat.session, seat.heard = True, session, now
+        seat.report, seat.checkpoints, seat.lines = {}, None, None
+        self._step(now)
+
+    def report(self, rank: int, session: int, report: JSON, now: float) -> None:
+        """The state of a node; see Member.report for the keys."""
+        seat = self.seats[rank]
+        if not seat.connected or session != seat.session:
+            return
+        seat.heard, seat.report = now, report
+        seat.host = str(report.get("host") or seat.host or "")[:255] or None
+        if report.get("final") and report["final"] == self.phase:
+            seat.acknowledged = True
+        last = report.get("exit") or {}
+        if last.get("generation") == self.generation and last.get("code") == 0:
+            seat.finished = self.generation
+        if report.get("stop") and self.phase in ("waiting", "running"):
+            self.stopped_by = seat.name
+        self._progress(seat, report, now)
+        self._step(now)
+
+    def leave(self, rank: int, session: int, why: str, now: float) -> None:
+        """The connection of a node is gone."""
+        seat = self.seats[rank]
+        if seat.connected and session == seat.session:
+            self._lose(seat, why, now)
+            self._step(now)
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        for seat in self.seats:
+            if seat.connected and now - seat.heard > self.limits.lost_after:
+                self._lose(seat, f"not heard for {self.limits.lost_after:g} s", now)
+        self._step(now)
+
+    # -- answers
+
+    def order(self, _rank: int = 0) -> JSON:
+        """What a node has to do now."""
+        order: JSON = {"order": {"waiting": "wait", "running": "run", "stopping": "stop"}.get(self.phase, self.phase),
+                       "generation": self.generation}
+        if self.abort:
+            order.update(graceful=self.abort["planned"], hang=self.abort["hang"])
+        return order
+
+    def finished(self, now: float) -> bool:
+        """Whether rank 0 may exit: everyone who can be told has been told."""
+        if self.phase == "done":
+            return not self.unacknowledged() or now - self.since > self.limits.done_linger
+        if self.phase in FINAL:
+            told = all(seat.acknowledged or not seat.connected for seat in self.seats[1:])
+            return told or now - self.since > self.limits.linger
+        return False
+
+    def unacknowledged(self) -> list[int]:
+        """Ranks that do not know the result yet."""
+        return [seat.rank for seat in self.seats[1:] if not seat.acknowledged]
+
+    def wake_at(self, now: float) -> float:
+        """When tick has to be called next at the latest."""
+        times = [now + 1.0]
+        if self.phase == "waiting" and self.not_before > now:
+            times.append(self.not_before)
+        return min(times)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What the gang waits for: (host, text), by rank."""
+        found = []
+        for seat in self.seats:
+            report = seat.report
+            if not seat.connected:
+                found.append((seat.name, "not connected"))
+            elif not report:
+                found.append((seat.name, "has not reported yet"))
+            elif report.get("nnodes") not in (None, len(self.seats)):
+                found.append((seat.name, f"was set up for {report['nnodes']} nodes, rank 0 for {len(self.seats)}"))
+            elif report.get("release", self.release) != self.release:
+                found.append((seat.name, f"has release {report['release'] or 'none'}, rank 0 has {self.release}"))
+            elif report.get("phase") != "idle":
+                held = report.get("unkillable")
+                found.append((seat.name, f"process {held[0]} does not die (uninterruptible)" if held
+                              else f"generation {report.get('generation')} is still ending"))
+            elif report.get("problems") is None:
+                found.append((seat.name, "local checks are running"))
+            else:
+                found += [(seat.name, str(problem.get("text"))) for problem in report["problems"]]
+        return found
+
+    def text(self) -> str:
+        """The state of the job as a sentence without moving numbers."""
+        if self.phase == "waiting":
+            waits: dict[str, list[str]] = {}
+            for host, text in self.problems():
+                waits.setdefault(text, []).append(host)
+            if waits:
+                parts = [f"{', '.join(hosts[:8])}{' and more' if len(hosts) > 8 else ''}: {text}"
+                         for text, hosts in list(waits.items())[:8]]
+                return "waiting for " + "; ".join(parts)
+            return f"generation {self.generation + 1} is about to start"
+        if self.phase == "running":
+            return f"generation {self.generation} runs on {len(self.seats)} node(s)"
+        if self.phase == "stopping":
+            return f"stop requested on {self.stopped_by}: ending cleanly"
+        if self.phase == "stopped":
+            return f"stopped as requested on {self.stopped_by}"
+        if self.phase == "done":
+            left = [self.seats[rank].name for rank in self.unacknowledged()]
+            return "finished on every node" + (f"; still to be told: {', '.join(left)}" if left else "")
+        cause = self.first_cause or {}
+        return (f"failed {self.failures} time(s) without progress, the budget of {self.limits.max_restarts} restart(s) "
+                f"is spent; the last time first on {cause.get('text')}")
+
+    def view(self) -> JSON:
+        """What every node is told about the job."""
+        return {"state": self.phase, "text": self.text(), "generation": self.generation, "restarts": self.restarts,
+                "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by}
+
+    # -- inside
+
+    def _enter(self, phase: str, now: float) -> None:
+        self.phase, self.since = phase, now
+        for seat in self.seats:
+            seat.acknowledged = False
+
+    def _lose(self, seat: Seat, why: str, now: float) -> None:
+        seat.connected = False
+        planned = bool(seat.report.get("leaving"))
+        if self.phase == "running" and seat.finished != self.generation:
+            self._abort(now, planned=planned)
+        if self.abort and self.abort["generation"] == self.generation:
+            self.abort["losses"].append({
+                "host": seat.name, "node_rank": seat.rank, "reason": "shutdown" if planned else "lost",
+                "error": "the node was shut down" if planned else why, "at": seat.heard})
+
+    def _abort(self, now: float, planned: bool = False, hang: bool = False) -> None:
+        if self.phase != "running":
+            return
+        self.abort = {"generation": self.generation, "at": now, "planned": planned, "hang": hang, "losses": []}
+        self._enter("waiting", now)
+
+    def _progress(self, seat: Seat, report: JSON, now: float) -> None:
+        checkpoints, lines = report.get("checkpoints"), report.get("lines")
+        if self.phase == "running" and report.get("generation") == self.generation:
+            if checkpoints != seat.checkpoints and seat.checkpoints is not None:
+                self.restarts_left, self.failures, self.activity = self.limits.max_restarts, 0, now
+            if lines != seat.lines:
+                self.activity = now
+        seat.checkpoints, seat.lines = checkpoints, lines
+
+    def _step(self, now: float) -> None:
+        while self._advance(now):
+            pass
+
+    def _advance(self, now: float) -> bool:
+        """One transition, if there is one to make."""
+        if self.phase in ("waiting", "running") and self.stopped_by:
+            self._enter("stopping", now)
+            return True
+        if self.phase == "stopping":
+            if all(seat.idle or not seat.connected for seat in self.seats):
+                self._enter("stopped", now)
+                return True
+        elif self.phase == "running":
+            return self._advance_running(now)
+        elif self.phase == "waiting" and self.abort:
+            if all(seat.idle or not seat.connected for seat in self.seats):
+                self._settle(now)
+                return True
+        elif self.phase == "waiting" and now >= self.not_before and not self.problems():
+            if any(seat.report.get("leaving") for seat in self.seats):
+                return False
+            self.generation = max([self.generation] + [int(seat.report.get("generation") or 0) for seat in self.seats]) + 1
+            self.activity = now
+            self._enter("running", now)
+            return True
+        return False
+
+    def _advance_running(self, now: float) -> bool:
+        if all(seat.finished == self.generation for seat in self.seats):
+            self._enter("done", now)
+            return True
+        late = now - self.since > self.limits.start_timeout
+        for seat in self.seats:
+            report = seat.report
+            mine = report.get("generation") == self.generation
+            failed = mine and report.get("phase") == "idle" and seat.finished != self.generation
+            if report.get("leaving"):
+                self._abort(now, planned=True)
+            elif failed or (mine and report.get("failing")) or (late and not mine and seat.finished != self.generation):
+                self._abort(now)
+        if self.phase == "running" and 0 < self.limits.hang_timeout < now - self.activity:
+            self._abort(now, hang=True)
+        return self.phase != "running"
+
+    def _settle(self, now: float) -> None:
+        """Every node is quiet: find the first cause, charge the budget."""
+        assert self.abort
+        abort, self.abort = self.abort, None
+        cause = self._first_cause(abort)
+        charged = cause["reason"] not in ("lost", "shutdown")
+        cause.update(generation=abort["generation"], charged=charged)
+        cause["text"] = describe(cause)
+        self.first_cause = cause
+        self.history = (self.history + [cause])[-HISTORY:]
+        self.restarts += 1
+        if charged:
+            self.failures += 1
+            if self.restarts_left <= 0:
+                self._enter("failed", now)
+                return
+            self.restarts_left -= 1
+            self.not_before = now + self.limits.backoff(self.failures)
+
+    def _first_cause(self, abort: JSON) -> JSON:
+        """The earliest event that is not merely the echo of another node's."""
+        losses = sorted(abort["losses"], key=lambda loss: loss["at"])
+        failures = []
+        for seat in self.seats:
+            last = seat.report.get("exit") or {}
+            if last.get("generation") == abort["generation"] and last.get("code") and last.get("cause"):
+                if last.get("ordered") and not last["cause"].get("own"):
+                    continue        # ended by our own SIGTERM
+                failures.append(dict(last["cause"], host=seat.name, node_rank=seat.rank))
+        failures.sort(key=lambda cause: (bool(cause.get("echo")), cause.get("time") or 0.0))
+        if abort["planned"]:
+            host = losses[0] if losses else next(({"host": seat.name, "node_rank": seat.rank} for seat in self.seats
+                                                  if seat.report.get("leaving")), {"host": None, "node_rank": None})
+            return dict(host, reason="shutdown", error="the node was shut down", at=None)
+        if losses and (not failures or failures[0].get("echo") or losses[0]["at"] < abort["at"]):
+            return losses[0]
+        if failures:
+            return failures[0]
+        if abort["hang"]:
+            return {"host": None, "node_rank": None, "reason": "hang",
+                    "error": f"no output and no new checkpoint for {self.limits.hang_timeout:g} s"}
+        late = [seat for seat in self.seats if seat.report.get("generation") != abort["generation"]]
+        return {"host": late[0].name if late else None, "node_rank": late[0].rank if late else None, "reason": "exit",
+                "error": f"torchrun did not start within {self.limits.start_timeout:g} s"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The member: what one node does (pure)
+
+Action = tuple[Any, ...]
+
+
+class Member:
+    """One node's part. Feed it events; carry out the actions that step returns:
+
+    ("check",) run the local checks; ("start", generation); ("terminate",) SIGTERM to torchrun; ("spare",) SIGKILL to
+    all but torchrun itself, which then writes its report; ("kill",) SIGKILL to all; ("result", name) the job's end has
+    reached this node; ("exit", code).
+    """
+
+    def __init__(self, host: str, nnodes: int, release: str, limits: Limits, generation: int = 0) -> None:
+        self.host, self.nnodes, self.release, self.limits = host, nnodes, release, limits
+        self.phase = "idle"
+        self.generation = generation            # the last one started here; never started again
+        self.exit: Optional[JSON] = None
+        self.problems: Optional[list[JSON]] = None
+        self.unkillable: list[int] = []
+        self.connected = False
+        self.order: JSON = {"order": "wait"}
+        self.stop_at: Optional[float] = None    # when systemctl stop reached this node
+        self.leaving = False                    # the node itself goes down
+        self.failing = False                    # torchrun has seen a worker fail and is ending
+        self.ordered = False                    # this generation was ended by us, so its exit code tells nothing
+        self.result: Optional[str] = None
+        self.deadline: Optional[float] = None   # of the grace
+        self.kill_again = 0.0
+        self.checking = False
+        self.check_at = 0.0
+
+    # -- events
+
+    def receive(self, order: JSON) -> None:
+        self.connected, self.order = True, order
+
+    def disconnect(self) -> None:
+        """Rank 0's supervisor is not heard any more. A stop or an end it has ordered stays ordered."""
+        self.connected, self.problems = False, None
+        if self.order.get("order") not in ("stop",) + FINAL:
+            self.order = {"order": "wait"}
+
+    def checked(self, problems: list[JSON], now: float) -> None:
+        self.problems, self.checking = problems, False
+        self.check_at = now + (self.limits.recheck if problems else self.limits.recheck_good)
+
+    def stop(self, now: float, leaving: bool) -> None:
+        """SIGTERM has come: a stop of the job, or the shutdown of this node."""
+        self.leaving = self.leaving or leaving
+        if not leaving and self.stop_at is None:
+            self.stop_at = now
+
+    def fail(self) -> None:
+        """torchrun reports a failed worker and is ending its others."""
+        self.failing = self.failing or self.phase == "running"
+
+    def ended(self, code: int, cause: Optional[JSON], now: float) -> None:
+        """torchrun has exited and nothing of it is alive."""
+        self.exit = {"generation": self.generation, "time": time_of(cause), "code": code, "ordered": self.ordered,
+                     "cause": cause}
+        self.phase, self.problems, self.checking, self.check_at = "idle", None, False, now
+        self.failing, self.deadline, self.unkillable = False, None, []
+
+    # -- answers
+
+    def report(self) -> JSON:
+        """Everything the coordinator has to know of this node."""
+        return {"host": self.host, "nnodes": self.nnodes, "release": self.release, "phase": self.phase,
+                "generation": self.generation, "exit": self.exit, "problems": self.problems, "final": self.result,
+                "unkillable": self.unkillable[:1], "failing": self.failing, "leaving": self.leaving,
+                "stop": self.stop_at is not None}
+
+    def wake_at(self, now: float) -> float:
+        times = [now + 1.0]
+        if self.phase == "stopping" and self.deadline is not None:
+            times.append(self.deadline)
+        return min(times)
+
+    # -- decisions
+
+    def step(self, now: float) -> list[Action]:
+        """What to do now."""
+        if self.phase == "running":
+            return self._step_running(now)
+        if self.phase == "stopping":
+            return self._step_stopping(now)
+        return self._step_idle(now)
+
+    def _step_running(self, now: float) -> list[Action]:
+        order = self.order.get("order")
+        gone = not self.connected
+        asked = self.stop_at is not None and (gone or now - self.stop_at > 2.0)
+        if self.failing:
+            self.phase, self.deadline = "stopping", now + self.limits.abort_grace
+            return []
+        if self.leaving or asked or order == "stop":
+            return self._halt(now + self.limits.grace)
+        if gone or order != "run" or self.order.get("generation") != self.generation:
+            graceful = bool(self.order.get("graceful")) and not gone
+            return self._halt(now + (self.limits.grace if graceful else self.limits.abort_grace))
+        return []
+
+    def _halt(self, deadline: float) -> list[Action]:
+        self.phase, self.deadline, self.ordered = "stopping", deadline, True
+        return [("terminate",)]
+
+    def _step_stopping(self, now: float) -> list[Action]:
+        if self.deadline is None or now < self.deadline:
+            return []
+        if self.failing:
+            self.failing, self.deadline = False, now + self.limits.report_time
+            return [("spare",)]
+        self.deadline = now + 0.5       # until it is empty
+        return [("kill",)]
+
+    def _step_idle(self, now: float) -> list[Action]:
+        order = self.order.get("order")
+        if self.result:
+            return [("exit", EXIT_FAILED if self.result == "failed" else EXIT_OK)]
+        if order in FINAL:
+            self.result = str(order)
+            return [("result", self.result)]
+        if self.leaving:
+            return [("exit", EXIT_OK)]
+        alone = not self.connected
+        if self.stop_at is not None and (alone or order == "stop" or now - self.stop_at > 2.0) or alone and order == "stop":
+            self.result = "stopped"
+            return [("result", self.result)]
+        if order == "run" and self.connected and int(self.order["generation"]) > self.generation \
+                and self.problems is not None and self.stop_at is None:
+            self.phase, self.generation, self.exit = "running", int(self.order["generation"]), None
+            self.failing = self.ordered = False
+            return [("start", self.generation)]
+        if self.connected and not self.checking and order == "wait" and (self.problems is None or now >= self.check_at):
+            self.checking = True
+            return [("check",)]
+        return []
+
+
+def time_of(cause: Optional[JSON]) -> Optional[float]:
+    return cause.get("time") if cause else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The wire: length-limited JSON frames, authenticated both ways
+
+
+class ProtocolError(Exception):
+    """The peer is not one of ours, or not in its right mind: drop the connection."""
+
+
+class Session:
+    """One end of an authenticated stream: bytes in, messages out. Opens no socket.
+
+    Frame: 4 bytes length, 32 bytes HMAC-SHA256 (none before both sides have proved the secret), JSON payload.
+    Both ends give a nonce, so keys differ with every connection and direction; the MAC covers a running number, so
+    that a repeated, swapped or dropped frame ends the connection. At most LIMIT bytes of a frame are ever held.
+    """
+
+    HELLO_LIMIT, LIMIT, BACKLOG = 512, 65536, 262144
+
+    def __init__(self, secret: bytes, job: str, rank: Optional[int] = None) -> None:
+        self.secret, self.job, self.rank = secret, job, rank
+        self.server = rank is None
+        self.nonce = os.urandom(16).hex()
+        self.peer_nonce = ""
+        self.incoming, self.outgoing = bytearray(), bytearray()
+        self.open = False
+        self.keys = (b"", b"")      # to send with, to receive with
+        self.counts = [0, 0]
+        if not self.server:
+            self._put({"protocol": 1, "job": job, "rank": rank, "nonce": self.nonce})
+
+    def feed(self, data: bytes) -> list[JSON]:
+        """Take in received bytes; returns the messages that are complete and genuine."""
+        self.incoming += data
+        messages = []
+        while True:
+            payload = self._frame()
+            if payload is None:
+                return messages
+            try:
+                message = json.loads(payload)
+            except (ValueError, RecursionError) as error:
+                raise ProtocolError("not JSON") from error
+            if not isinstance(message, dict):
+                raise ProtocolError("not a JSON object")
+            if self.open:
+                messages.append(message)
+            else:
+                self._handshake(message)
+
+    def send(self, message: JSON) -> None:
+        """Queue a message; a peer that reads nothing for long is dropped."""
+        if not self.open:
+            raise ProtocolError("not open")
+        if len(self.outgoing) > self.BACKLOG:
+            raise ProtocolError("the peer does not read")
+        self._put(message)
+
+    def _put(self, message: JSON) -> None:
+        payload = json.dumps(message, separators=(",", ":")).encode()
+        mac = self._mac(0, payload) if self.open else b""
+        self.outgoing += struct.pack(">I", len(payload)) + mac + payload
+
+    def _mac(self, direction: int, payload: bytes) -> bytes:
+        number = self.counts[direction]
+        self.counts[direction] += 1
+        return hmac.digest(self.keys[direction], struct.pack(">QI", number, len(payload)) + payload, "sha256")
+
+    def _frame(self) -> Optional[bytes]:
+        """The next payload, checked; None while it is not complete."""
+        head = 36 if self.open else 4
+        if len(self.incoming) < 4:
+            return None
+        (length,) = struct.unpack_from(">I", self.incoming)
+        if length > (self.LIMIT if self.open else self.HELLO_LIMIT):
+            raise ProtocolError(f"a frame of {length} bytes")
+        if len(self.incoming) < head + length:
+            return None
+        mac, payload = bytes(self.incoming[4:head]), bytes(self.incoming[head:head + length])
+        del self.incoming[:head + length]
+        if self.open and not hmac.compare_digest(mac, self._mac(1, payload)):
+            raise ProtocolError("wrong MAC")
+        return payload
+
+    def _derive(self, label: str) -> bytes:
+        nonces = (self.peer_nonce, self.nonce) if self.server else (self.nonce, self.peer_nonce)
+        return hmac.digest(self.secret, "\0".join([label, self.job, str(self.rank), *nonces]).encode(), "sha256")
+
+    def _handshake(self, message: JSON) -> None:
+        if self.server and not self.peer_nonce:
+            rank, nonce = message.get("rank"), message.get("nonce")
+            if message.get("protocol") != 1 or message.get("job") != self.job or type(rank) is not int \
+                    or not 0 <= rank < 1 << 20 or not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+                raise ProtocolError("not a member of this job")
+            self.rank, self.peer_nonce = rank, nonce
+            self._put({"nonce": self.nonce, "proof": self._derive("server").hex()})
+            return
+        if not self.server:
+            nonce = message.get("nonce")
+            if not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+                raise ProtocolError("not a coordinator")
+            self.peer_nonce = nonce
+        proof = str(message.get("proof")).encode("utf-8", "replace")
+        if not hmac.compare_digest(proof, self._derive("client" if self.server else "server").hex().encode()):
+            raise ProtocolError("wrong secret")
+        if not self.server:
+            self._put({"proof": self._derive("client").hex()})
+        keys = self._derive("to member"), self._derive("to coordinator")
+        self.keys = keys if self.server else keys[::-1]
+        self.open = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,9 +808,11 @@ def kill_each(pids: Iterable[int]) -> None:
 class Pump(threading.Thread):
     """Passes one output stream of torchrun on, line by line, and remembers its end."""
 
-    def __init__(self, source: int, target: int) -> None:
+    CLOSING = b"closing signal SIGTERM"     # torchrun's words when a worker has failed and it ends the others
+
+    def __init__(self, source: int, target: int, on_closing: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.source, self.target = source, target
+        self.source, self.target, self.on_closing = source, target, on_closing
         self.tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         self.lines = 0
 
@@ -207,9 +827,11 @@ class Pump(threading.Thread):
             cut = len(rest) if not data or len(rest) > 65536 else rest.rfind(b"\n") + 1
             if cut:
                 whole, rest = rest[:cut], rest[cut:]
-                self.lines += 1
-                self.tail.extend(line[:TAIL_WIDTH] for line in whole.decode("utf-8", "replace").splitlines())
+                self.lines += whole.count(b"\n") or 1
+                self.tail.extend(line[:TAIL_WIDTH] for line in whole.decode("utf-8", "replace").splitlines()[-TAIL_LINES:])
                 write_all(self.target, whole)
+                if self.CLOSING in whole:
+                    self.on_closing()
             if not data:
                 os.close(self.source)
                 return
@@ -218,83 +840,150 @@ class Pump(threading.Thread):
 class Torchrun:
     """One generation's torchrun on this node: start, end, and why it ended."""
 
-    def __init__(self, tree: Any, marker: str) -> None:
-        self.tree, self.marker = tree, marker
+    def __init__(self, tree: Any, marker: str, error_dir: str, log_dir: str, on_closing: Callable[[], None]) -> None:
+        self.tree, self.marker, self.error_dir, self.log_dir = tree, marker, error_dir, log_dir
+        self.on_closing = on_closing
         self.process: Optional[subprocess.Popen[bytes]] = None
         self.pumps: list[Pump] = []
         self.error_file = ""
         self.started = 0.0
         self.oom_before = 0
+        self.failed_at: Optional[float] = None      # when it was seen to end its workers, or a start that failed
+        self.stuck: list[str] = []                  # processes found stopped when the job hung
+        self.start_error = ""
 
-    def start(self, command: list[str], generation: int, error_dir: str) -> None:
-        self.clear()
-        os.makedirs(error_dir, exist_ok=True)
-        self.error_file = os.path.join(error_dir, f"generation-{generation}.json")
-        for path in glob.glob(os.path.join(error_dir, "generation-*.json")):
+    def start(self, command: list[str], generation: int) -> None:
+        """Start a generation; a command that cannot be started counts as exit code 127."""
+        os.makedirs(self.error_dir, exist_ok=True)
+        for path in glob.glob(os.path.join(self.error_dir, "generation-*.json")):
             os.unlink(path)
+        self.error_file = os.path.join(self.error_dir, f"generation-{generation}.json")
         environment = dict(os.environ, TORCHELASTIC_ERROR_FILE=self.error_file, TORCHRUN_GENERATION=str(generation))
         environment[MARKER] = self.marker
-        environment.pop("NOTIFY_SOCKET", None)
+        for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+            environment.pop(name, None)
         self.oom_before, self.started = self.tree.oom_kills(), time.time()
-        self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, env=environment, start_new_session=True)
+        self.failed_at, self.stuck, self.start_error, self.process, self.pumps = None, [], "", None, []
+        try:
+            self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, env=environment,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            self.start_error = f"cannot start {command[0]}: {error.strerror}"
+            return
         assert self.process.stdout and self.process.stderr
-        self.pumps = [Pump(os.dup(stream.fileno()), target)
-                      for stream, target in ((self.process.stdout, 1), (self.process.stderr, 2))]
-        self.process.stdout.close()
-        self.process.stderr.close()
-        for pump in self.pumps:
-            pump.start()
+        for stream, target in ((self.process.stdout, 1), (self.process.stderr, 2)):
+            self.pumps.append(Pump(os.dup(stream.fileno()), target, self._closing))
+            stream.close()
+            self.pumps[-1].start()
+
+    def _closing(self) -> None:
+        self.failed_at = self.failed_at or time.time()
+        self.on_closing()
 
     def lines(self) -> int:
-        """Pieces of output seen so far: a change means that something still speaks."""
+        """Output lines seen so far: a change means that something still speaks."""
         return sum(pump.lines for pump in self.pumps)
 
-    def terminate(self) -> None:
-        """SIGTERM to torchrun, which passes it on to its workers."""
+    def terminate(self, hang: bool) -> None:
+        """SIGTERM to torchrun, which passes it on to its workers. After a hang, note first who stands still."""
+        if hang:
+            for pid in self.tree.pids():
+                state, name = process_state(pid)
+                if state in ("T", "t"):
+                    self.stuck.append(f"process {pid} ({name}) is stopped (state {state})")
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
+    def spare(self) -> None:
+        """SIGKILL to all but torchrun itself, which then writes its report."""
+        kill_each(pid for pid in self.tree.pids() if not self.process or pid != self.process.pid)
+
     def exit_code(self) -> Optional[int]:
         """torchrun's exit code (negative: signal), None while it runs."""
-        return self.process.poll() if self.process else None
+        return self.process.poll() if self.process else 127
 
-    def clear(self, seconds: float = 10.0) -> list[int]:
-        """Kill whatever is left; returns the processes that cannot be killed (uninterruptible sleep)."""
-        deadline = time.monotonic() + seconds
-        while True:
-            left = [pid for pid in self.tree.pids() if not is_zombie(pid)]
-            if not left:
-                break
-            self.tree.kill()
-            if time.monotonic() > deadline:
-                return left
-            time.sleep(0.02)
-        if self.process:
-            self.process.wait()
+    def left(self) -> list[int]:
+        """What is still alive."""
+        return [pid for pid in self.tree.pids() if process_state(pid)[0] not in ("Z", "X", "")]
+
+    def close(self) -> None:
+        """All is dead: take in the last output."""
         for pump in self.pumps:
             pump.join(1.0)
-        return []
 
-    def cause(self) -> dict[str, Any]:
+    def cause(self) -> JSON:
         """Why torchrun ended, from error.json, its own report, the kernel and the last lines."""
         code = self.exit_code() or 0
-        tail = list(self.pumps[1].tail) if len(self.pumps) > 1 else []
-        cause = cause_from(code, read_json(self.error_file), tail)
-        cause["time"] = time.time()
+        tail = list(self.pumps[1].tail) if self.pumps else []
+        path, report = self._error_report()
+        cause = cause_from(code, report, tail)
+        cause["time"] = min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp)
+        if self.start_error:
+            cause.update(error=self.start_error, own=True)
         oom = self.tree.oom_kills() - self.oom_before
         if oom > 0:
-            cause["reason"] = "out of memory"
-            cause["error"] = f"the kernel killed {oom} process(es) of the job for memory. {cause['error'] or ''}".strip()
+            text = f"the kernel killed {oom} process(es) of the job for memory"
+            cause.update(reason="out of memory", own=True, echo=False,
+                         error=f"{text}; {cause['error']}" if cause["error"] else text)
+        xids = gpu_faults(self.started)
+        if xids:
+            cause.update(own=True, echo=False, error="; ".join(xids[:3] + ([cause["error"]] if cause["error"] else [])))
+        if self.stuck:
+            cause.update(reason="hang", own=True, error="; ".join(self.stuck[:4]))
+        cause["own"] = bool(cause["own"] or self.failed_at)
+        cause["error"] = cause["error"][:2000] if cause["error"] else None
         return cause
 
+    def _error_report(self) -> tuple[str, Optional[JSON]]:
+        """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
+        paths = [self.error_file]
+        if self.log_dir:
+            found = glob.glob(os.path.join(glob.escape(self.log_dir), "**", "error.json"), recursive=True)
+            paths += sorted((path for path in found if (mtime(path) or 0) >= self.started), key=lambda path: mtime(path) or 0)
+        for path in paths:
+            report = read_json(path)
+            if report:
+                return path, report
+        return "", None
 
-def is_zombie(pid: int) -> bool:
+
+def mtime(path: str) -> Optional[float]:
+    """When a file was last written, None where there is none."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return None
+
+
+def gpu_faults(since: float) -> list[str]:
+    """XID lines of the NVIDIA driver in the kernel's log since a moment, where this user may read it."""
+    found = []
+    try:
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return []
+    boot = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
+    try:
+        while True:
+            record = os.read(log, 8192).decode("utf-8", "replace")
+            head, _separator, text = record.partition(";")
+            if "NVRM: Xid" in text and boot + int(head.split(",")[2]) / 1e6 >= since:
+                found.append(text.splitlines()[0][:300])
+    except (OSError, ValueError, IndexError):
+        pass
+    finally:
+        os.close(log)
+    return found
+
+
+def process_state(pid: int) -> tuple[str, str]:
+    """The state letter and name of a process, empty where it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+            head, _separator, rest = file.read().rpartition(b")")
+        return rest.split()[0].decode(), head.partition(b"(")[2].decode("utf-8", "replace")
     except (OSError, IndexError):
-        return True
+        return "", ""
 
 
 def signal_name(number: int) -> str:
@@ -304,56 +993,697 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def cause_from(code: int, report: Optional[dict[str, Any]], tail: list[str]) -> dict[str, Any]:
+# What a worker says when it was another one that failed.
+ECHO = re.compile(r"Connection (closed|reset|refused)|closed by peer|Broken pipe|remote process (exited|has )|"
+                  r"NCCL (communicator was aborted|error.*remote)|ncclRemoteError|[Ww]atchdog|Timed? ?out|timeout|"
+                  r"failed to recv|Failed to (recv|send)|DistNetworkError|DistStoreError|RendezvousConnectionError|"
+                  r"Socket (Timeout|error)|heartbeat", re.ASCII)
+
+
+def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
     """One cause from torchrun's exit code, the error.json it left and the end of its stderr.
 
-    Keys: reason (exit, signal, error), error (text), exit_code, signal, rank, local_rank; None where unknown.
+    Keys: reason (exit, signal, error), error (text), exit_code, signal, rank, local_rank, each None where unknown;
+    own: torchrun saw a worker fail before it was told to end; echo: reads like the consequence of another's failure.
     """
-    cause: dict[str, Any] = {"reason": "exit", "error": None, "exit_code": code, "signal": None,
-                             "rank": None, "local_rank": None}
+    cause: JSON = {"reason": "exit", "error": None, "exit_code": code, "signal": None, "rank": None, "local_rank": None,
+                   "own": report is not None, "echo": False}
     if code < 0:
         cause.update(reason="signal", exit_code=None, signal=signal_name(-code), error="torchrun itself was killed")
-    text = "\n".join(tail)
-    root = text.rfind("Root Cause (first observed failure)")
-    if root >= 0:
-        block = text[root:]
-        rank = re.search(r"rank\s*: (\d+) \(local_rank: (\d+)\)", block)
-        exitcode = re.search(r"exitcode\s*: (-?\d+)", block)
-        if rank:
-            cause["rank"], cause["local_rank"] = int(rank.group(1)), int(rank.group(2))
-        if exitcode:
-            worker = int(exitcode.group(1))
-            if worker < 0:
-                cause.update(reason="signal", signal=signal_name(-worker), exit_code=None)
-            else:
-                cause["exit_code"] = worker
     message = (report or {}).get("message")
     if isinstance(message, dict):
         message = message.get("message")
+    if isinstance(message, str) and message.startswith("SignalException"):
+        message, cause["own"] = None, False     # torchrun's own word for our SIGTERM
     if isinstance(message, str) and message:
-        cause.update(reason="error", error=message[:TAIL_WIDTH])
-    elif cause["error"] is None:
+        cause.update(reason="error", error=message)
+    workers = failures_in("\n".join(tail))
+    if workers:
+        first = workers[0]
+        if first["exitcode"] > 0 and ECHO.search(cause["error"] or "\n".join(tail)):
+            # Only an echo: a worker that was killed by a signal comes before it.
+            first = next((worker for worker in workers if worker["exitcode"] < 0
+                          and worker["exitcode"] not in (-signal.SIGTERM, -signal.SIGABRT)), first)
+        cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True)
+        if first["exitcode"] < 0:
+            cause.update(reason="signal", signal=signal_name(-first["exitcode"]), exit_code=None)
+            if first["exitcode"] != -signal.SIGABRT:
+                cause["error"] = None
+        else:
+            cause["exit_code"] = first["exitcode"]
+    if cause["error"] is None and cause["signal"] in (None, "SIGABRT"):
         spoken = [line for line in tail if re.match(r"(\[rank\d+\]: ?)?[\w.]*(Error|Exception|Interrupt)\b", line)
-                  and "ChildFailedError" not in line]
-        if spoken:
-            cause["error"] = spoken[-1]
+                  and "ChildFailedError" not in line and "SignalException" not in line]
+        cause["error"] = spoken[0] if spoken else None
+    cause["echo"] = bool(cause["error"] and ECHO.search(cause["error"])) and cause["signal"] in (None, "SIGABRT")
     return cause
 
 
-def describe(cause: dict[str, Any]) -> str:
+def failures_in(text: str) -> list[dict[str, int]]:
+    """Ranks and exit codes from torchrun's report of failed workers, the one it saw first at the front."""
+    _before, title, report = text.rpartition("Failures:")
+    if not title:
+        return []
+    others, _title, root = report.partition("Root Cause (first observed failure)")
+    found = []
+    for match in re.finditer(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", root + others):
+        found.append({"rank": int(match.group(1)), "local_rank": int(match.group(2)), "exitcode": int(match.group(3))})
+    return found
+
+
+def describe(cause: JSON) -> str:
     """A cause as one sentence."""
-    who = cause.get("host") or "this node"
+    who = cause.get("host") or "an unknown node"
     if cause.get("rank") is not None:
         who += f", rank {cause['rank']} (local rank {cause['local_rank']})"
+    reason = str(cause.get("reason"))
+    how = None
     if cause.get("signal"):
-        what = f"killed by {cause['signal']}"
+        how = f"killed by {cause['signal']}"
     elif cause.get("exit_code"):
-        what = f"exit code {cause['exit_code']}"
-    else:
-        what = str(cause.get("reason"))
-    if cause.get("reason") not in ("exit", "signal", "error", None):
-        what = f"{cause['reason']} ({what})"
-    return f"{who}: {what}" + (f": {cause['error']}" if cause.get("error") else "")
+        how = f"exit code {cause['exit_code']}"
+    parts = [how if reason in ("exit", "signal", "error") else f"{reason} ({how})" if how else reason]
+    return ": ".join([who] + [part for part in parts + [cause.get("error")] if part])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress and local checks
+
+
+class Watch(threading.Thread):
+    """Counts new checkpoints. A thread, since a file system may hang."""
+
+    PERIOD = 2.0
+
+    def __init__(self, folder: str, pattern: str) -> None:
+        super().__init__(daemon=True)
+        self.pattern = os.path.join(glob.escape(folder), pattern)
+        self.count = 0
+        self.newest: Optional[JSON] = None
+        self.seen: Optional[set[str]] = None
+        self.active = True
+
+    def look(self) -> None:
+        """A name never seen before is progress; so is a rewrite where the pattern matches only one file."""
+        found = {}
+        for path in glob.glob(self.pattern, recursive=True):
+            stamp = mtime(path)
+            if stamp is not None and not path.endswith(".tmp"):
+                found[path] = stamp
+        newest = max(found, key=lambda path: found[path]) if found else None
+        previous = self.newest
+        if newest is not None:
+            self.newest = {"path": newest, "time": found[newest]}
+        if self.seen is None:
+            self.seen = set(found)
+            return
+        rewritten = len(found) == 1 and previous is not None and self.newest is not None \
+            and self.newest["time"] > previous["time"]
+        if rewritten or not self.seen.issuperset(found):
+            self.count += 1
+            self.seen.update(found)
+
+    def run(self) -> None:
+        while True:
+            if self.active:
+                try:
+                    self.look()
+                except OSError:
+                    pass
+            time.sleep(self.PERIOD)
+
+
+def size_text(value: float) -> str:
+    """Bytes for people: 12 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def check_room(path: str, wanted: int) -> str:
+    """Empty, or why the file system of path has not enough room."""
+    try:
+        stat = os.statvfs(path)
+    except OSError as error:
+        return f"{path} cannot be used: {error.strerror}"
+    free = stat.f_bavail * stat.f_frsize
+    if stat.f_flag & os.ST_RDONLY:
+        return f"{path} is mounted read-only"
+    return "" if free >= wanted else f"{path} has {size_text(free)} free, {size_text(wanted)} expected"
+
+
+def check_port(port: int) -> str:
+    """Empty, or why torchrun could not listen on the port."""
+    family = socket.AF_INET6 if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind(("", port))
+            sock.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"port {port} is held by another process (ss -ltnp 'sport = :{port}' names it)"
+            return f"port {port} cannot be used: {error.strerror}"
+    return ""
+
+
+def check_release(path: str, wanted: str) -> str:
+    """Empty, or which release the link or folder is instead."""
+    found = os.path.basename(os.path.realpath(path)) if os.path.exists(path) else "nothing"
+    return "" if found == wanted else f"{path} leads to {found}, release {wanted} expected"
+
+
+def smi(query: str) -> list[list[str]]:
+    """Rows of an nvidia-smi query; none where there is no such tool."""
+    try:
+        done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = done.stdout.decode("utf-8", "replace").splitlines() if done.returncode == 0 else []
+    return [[field.strip() for field in row.split(",")] for row in rows]
+
+
+def check_gpus(wanted: int, visible: Optional[str]) -> list[str]:
+    """Missing GPUs, and processes that hold one of those this job uses."""
+    found = len(glob.glob("/proc/driver/nvidia/gpus/*"))
+    if found < wanted:
+        return [f"{found} GPU(s) answer, {wanted} expected"]
+    if not wanted:
+        return []
+    index = {row[1]: row[0] for row in smi("--query-gpu=index,uuid") if len(row) == 2}
+    ours = set(visible.replace(" ", "").split(",")) if visible else set()
+    problems = []
+    for row in smi("--query-compute-apps=gpu_uuid,pid,process_name"):
+        if len(row) == 3 and "mps-server" not in row[2] and (not ours or ours & {row[0], index.get(row[0])}):
+            problems.append(f"GPU {index.get(row[0], row[0])} is held by process {row[1]} ({row[2]})")
+    return problems
+
+
+def run_checks(checks: list[tuple[str, str]], visible: Optional[str]) -> list[JSON]:
+    """What keeps this node from starting: [{check, text}]."""
+    problems: list[JSON] = []
+    for kind, value in checks:
+        if kind == "gpus":
+            texts = check_gpus(int(value), visible)
+        elif kind == "shm":
+            texts = [check_room("/dev/shm", int(value))]
+        elif kind == "disk":
+            path, _colon, size = value.rpartition(":")
+            texts = [check_room(path, int(size))]
+        elif kind == "release":
+            path, _colon, wanted = value.rpartition(":")
+            texts = [check_release(path, wanted)]
+        else:
+            texts = [check_port(int(value))]
+        problems += [{"check": kind, "text": text[:300]} for text in texts if text]
+    return problems[:8]
+
+
+def parse_check(text: str) -> tuple[str, str]:
+    """One --check argument; raises ValueError where it cannot be understood."""
+    kind, _equals, value = text.partition("=")
+    number = value.rpartition(":")[2] if kind == "disk" else value
+    if kind in ("gpus", "shm", "disk", "port"):
+        int(number)
+    elif kind != "release" or ":" not in value:
+        raise ValueError(text)
+    return kind, value
+
+
+def going_down() -> bool:
+    """Whether this machine is shutting down, as opposed to one unit being stopped."""
+    if not os.path.exists("/run/systemd/system") or not os.path.exists("/run/dbus/system_bus_socket"):
+        return False
+    try:
+        done = subprocess.run(["systemctl", "is-system-running"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=3, check=False)
+    except OSError:
+        return False
+    except subprocess.TimeoutExpired:
+        return True
+    # No answer although there is a bus: it is being stopped as well.
+    return done.stdout.strip() in (b"stopping", b"", b"unknown", b"offline")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One loop
+
+
+class Link:
+    """A socket with its session."""
+
+    def __init__(self, sock: socket.socket, session: Session, now: float) -> None:
+        self.sock, self.session, self.heard, self.since = sock, session, now, now
+        self.number = 0                     # of the authenticated session, given by rank 0
+        self.view: Optional[JSON] = None    # last view sent
+        self.order: Optional[JSON] = None   # last order sent
+
+
+class Supervisor:
+    """The process: sockets, child, files; everything is decided by the two machines."""
+
+    HANDSHAKE_TIME, STRANGERS = 3.0, 16
+
+    def __init__(self, options: argparse.Namespace, limits: Limits, secret: bytes) -> None:
+        self.options, self.limits, self.secret = options, limits, secret
+        self.rank: int = options.node_rank
+        self.state_file = os.path.join(options.state_dir, "state.json")
+        self.done_file = os.path.join(options.state_dir, "done")
+        self.selector = selectors.DefaultSelector()
+        self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.selector.register(self.wake_read, selectors.EVENT_READ, None)
+        self.events: collections.deque[tuple[str, Any]] = collections.deque()   # from threads
+        marker = os.path.abspath(options.state_dir)     # one per job and node
+        unit = CgroupTree.unit_path()
+        self.torchrun = Torchrun(CgroupTree(unit) if unit else MarkedTree(marker), marker,
+                                 os.path.join(options.state_dir, "errors"), options.log_dir,
+                                 lambda: self.post("closing", None))
+        self.watch = Watch(options.checkpoint_dir, options.checkpoint_glob) if options.checkpoint_dir else None
+        old = read_json(self.state_file) or {}
+        goes_on = old.get("release") == options.release and old.get("job") == options.job
+        generation = int(old.get("generation") or 0) if goes_on else 0
+        self.member = Member(options.host, options.nnodes, options.release, limits, generation)
+        self.coordinator: Optional[Coordinator] = None
+        self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
+                           "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None}
+        if self.rank == 0:
+            kept = old if goes_on and not old.get("result") else {}
+            done = read_json(self.done_file)
+            self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
+                                           kept.get("restarts_left"), (done or {}).get("unacknowledged"),
+                                           time.monotonic())
+            self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
+            self.coordinator.history = kept.get("history") or []
+            self.view = self.coordinator.view()
+            self.coordinator.join(0, 0, time.monotonic())
+        self.listener: Optional[socket.socket] = None
+        self.links: dict[int, Link] = {}        # by file descriptor; on a member only the one to rank 0
+        self.numbers = 0
+        self.next_connect = 0.0
+        self.next_report = 0.0
+        self.sent_report: Optional[JSON] = None
+        self.clock: Optional[tuple[float, float]] = None      # round trip, offset to rank 0 in seconds
+        self.kill_at: Optional[float] = None
+        self.last_exit: Optional[JSON] = None
+        self.written: JSON = {}
+        self.said, self.text, self.text_since = "", "", 0.0
+        self.said_cause: Optional[JSON] = self.view["first_cause"]
+        self.since = time.time()
+        self.code: Optional[int] = None
+        self.quit_by = 0.0
+
+    # -- from signals and threads
+
+    def post(self, kind: str, value: Any) -> None:
+        """Hand an event to the loop, from any thread."""
+        self.events.append((kind, value))
+        self.wake()
+
+    def wake(self) -> None:
+        try:
+            os.write(self.wake_write, b"\0")
+        except BlockingIOError:
+            pass
+
+    def in_background(self, kind: str, function: Callable[[], Any]) -> None:
+        """Call what may take long; its result comes back as an event."""
+        threading.Thread(target=lambda: self.post(kind, function()), daemon=True).start()
+
+    def on_signal(self, number: int, _frame: Any) -> None:
+        if number != signal.SIGCHLD:
+            self.in_background("stop", going_down)
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Until the job's end reaches this node; returns the exit code."""
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, self.on_signal)
+        self.clear_leftovers()
+        if self.options.nnodes > 1 and self.coordinator:
+            self.listen()
+        if self.watch:
+            self.watch.look()
+            self.watch.start()
+        notify("READY=1")
+        while True:
+            now = time.monotonic()
+            self.turn(now)
+            if self.code is not None and (now >= self.quit_by or not any(link.session.outgoing for link in self.links.values())):
+                return self.code
+            for key, mask in self.selector.select(max(0.0, self.wake_at(now) - now)):
+                self.ready(key, mask, time.monotonic())
+
+    def wake_at(self, now: float) -> float:
+        times = [self.member.wake_at(now), self.next_report]
+        if self.coordinator:
+            times.append(self.coordinator.wake_at(now))
+        if self.kill_at is not None:
+            times.append(now + 0.05)
+        return max(min(times), now + 0.01)
+
+    def turn(self, now: float) -> None:
+        """One round: take in events, let the machines decide, carry out, tell the others."""
+        while self.events:
+            self.event(*self.events.popleft(), now)
+        self.reap(now)
+        self.keep_links(now)
+        if self.coordinator:
+            self.coordinator.tick(now)
+        for _round in range(8):
+            self.exchange_locally(now)
+            actions = self.member.step(now)
+            for action in actions:
+                self.perform(action, now)
+            if not actions:
+                break
+        self.exchange(now)
+        self.write_state()
+        self.speak(now)
+        if now >= self.next_report:
+            self.next_report = now + self.limits.heartbeat
+            if "WATCHDOG_USEC" in os.environ:
+                notify("WATCHDOG=1")
+
+    def event(self, kind: str, value: Any, now: float) -> None:
+        if kind == "stop":
+            if self.member.stop_at is None and not self.member.leaving:
+                say(f"{self.options.host} is shutting down" if value else f"stop requested on {self.options.host}")
+            self.member.stop(now, bool(value))
+        elif kind == "closing":
+            self.member.fail()
+        elif kind == "checked":
+            problems = value
+            if self.clock and abs(self.clock[1]) - self.clock[0] / 2 > 1.0:
+                text = f"the clock is {abs(self.clock[1]):.1f} s {'behind' if self.clock[1] > 0 else 'ahead of'} rank 0's"
+                problems = problems + [{"check": "clock", "text": text}]
+            self.member.checked(problems, now)
+
+    def perform(self, action: Action, now: float) -> None:
+        """Carry out what the member has decided."""
+        kind = action[0]
+        if kind == "check":
+            checks, visible = list(self.options.checks), os.environ.get("CUDA_VISIBLE_DEVICES")
+            self.in_background("checked", lambda: run_checks(checks, visible))
+        elif kind == "start":
+            self.kill_at = None
+            self.torchrun.start(self.options.command, action[1])
+            self.reap(now)
+        elif kind == "terminate":
+            self.torchrun.terminate(bool(self.member.order.get("hang")))
+        elif kind == "spare":
+            self.torchrun.spare()
+        elif kind == "kill":
+            self.torchrun.tree.kill()
+        elif kind == "result":
+            if action[1] == "done":
+                self.write_done()
+        elif kind == "exit" and self.code is None:
+            leave = self.member.leaving or (self.member.stop_at is not None and self.member.result == "done")
+            if self.coordinator is None or leave or self.coordinator.finished(now):
+                self.code, self.quit_by = action[1], now + 2.0
+
+    def reap(self, now: float) -> None:
+        """torchrun has exited: kill what it left behind, then report its end."""
+        if self.member.phase == "idle" or self.torchrun.exit_code() is None:
+            return
+        left = self.torchrun.left()
+        if left:
+            self.kill_at = self.kill_at or now
+            self.member.unkillable = left if now - self.kill_at > 5.0 else []
+            self.torchrun.tree.kill()
+            return
+        self.kill_at = None
+        self.torchrun.close()
+        code = self.torchrun.exit_code() or 0
+        cause = self.torchrun.cause() if code else None
+        if cause and self.clock:
+            cause["time"] += self.clock[1]      # rank 0's clock
+        self.member.ended(code, cause, now)
+        self.last_exit = dict(self.member.exit or {}, time=time.time())
+        if code and not (self.member.ordered and not (cause or {}).get("own")):
+            say(f"torchrun failed on {describe(dict(cause or {}, host=self.options.host))}")
+        else:
+            say(f"torchrun of generation {self.member.generation} has ended on {self.options.host}"
+                + (" as ordered" if self.member.ordered else ""))
+
+    def clear_leftovers(self) -> None:
+        """Nothing of an earlier supervisor's torchrun may be alive when this node joins."""
+        deadline = time.monotonic() + 10
+        while self.torchrun.left():
+            self.torchrun.tree.kill()
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, f"processes {self.torchrun.left()[:4]} of an earlier generation do not die")
+            time.sleep(0.05)
+
+    # -- the gang
+
+    def listen(self) -> None:
+        address, _colon, port = self.options.coordinator.rpartition(":")
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(((self.options.bind or address).strip("[]"), int(port)))
+        self.listener.listen(128)
+        self.selector.register(self.listener, selectors.EVENT_READ, self.listener)
+
+    def add_link(self, sock: socket.socket, rank: Optional[int], now: float) -> None:
+        sock.setblocking(False)
+        link = Link(sock, Session(self.secret, self.options.job, rank), now)
+        self.links[sock.fileno()] = link
+        self.selector.register(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if rank is not None else 0), link)
+
+    def drop(self, link: Link, why: str, now: float) -> None:
+        """Close a connection and draw the consequences."""
+        descriptor = link.sock.fileno()
+        if self.links.pop(descriptor, None) is None:
+            return
+        self.selector.unregister(link.sock)
+        link.sock.close()
+        if self.coordinator:
+            if link.number and link.session.rank is not None:
+                self.coordinator.leave(link.session.rank, link.number, why, now)
+        else:
+            if link.session.open and self.code is None:
+                say(f"lost rank 0's supervisor: {why}")
+            self.member.disconnect()
+            self.next_connect = now + self.limits.heartbeat
+
+    def keep_links(self, now: float) -> None:
+        """Drop the silent; a member without a connection tries again."""
+        for link in list(self.links.values()):
+            if not link.session.open and now - link.since > self.HANDSHAKE_TIME:
+                self.drop(link, "no handshake", now)
+            elif link.session.open and now - link.heard > self.limits.lost_after:
+                self.drop(link, f"not heard for {self.limits.lost_after:g} s", now)
+        if self.coordinator or self.links or now < self.next_connect or self.code is not None:
+            return
+        self.next_connect = now + self.limits.heartbeat
+        address, _colon, port = self.options.coordinator.rpartition(":")
+        address = address.strip("[]")
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            if self.options.bind:
+                sock.bind((self.options.bind.strip("[]"), 0))
+            code = sock.connect_ex((address, int(port)))
+        except OSError as error:
+            code = error.errno or errno.EINVAL
+        if code not in (0, errno.EINPROGRESS):
+            sock.close()
+            return
+        self.sent_report = None
+        self.add_link(sock, self.rank, now)
+
+    def ready(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
+        """Something can be read or written."""
+        if key.data is None:
+            try:
+                os.read(self.wake_read, 4096)
+            except BlockingIOError:
+                pass
+            return
+        if key.data is self.listener:
+            self.accept(now)
+            return
+        link = key.data
+        if link.sock.fileno() not in self.links:
+            return
+        try:
+            if mask & selectors.EVENT_READ:
+                data = link.sock.recv(65536)
+                if not data:
+                    self.drop(link, "connection closed", now)
+                    return
+                self.received(link, link.session.feed(data), now)
+            self.flush(link)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.drop(link, str(error.strerror or error).lower(), now)
+        except (ProtocolError, TypeError, ValueError, KeyError, AttributeError) as error:
+            self.drop(link, f"bad message: {error}", now)
+
+    def accept(self, now: float) -> None:
+        assert self.listener
+        try:
+            sock, _address = self.listener.accept()
+        except OSError:
+            return
+        strangers = [link for link in self.links.values() if not link.number]
+        if len(strangers) >= self.STRANGERS:
+            self.drop(min(strangers, key=lambda link: link.since), "too many strangers", now)
+        self.add_link(sock, None, now)
+
+    def received(self, link: Link, messages: list[JSON], now: float) -> None:
+        """Messages of an authenticated peer; on rank 0 the first makes it the one that speaks for its rank."""
+        if link.session.open:
+            link.heard = now
+        for message in messages:
+            if self.coordinator:
+                rank = link.session.rank
+                assert rank is not None
+                if not 0 < rank < self.options.nnodes:
+                    raise ProtocolError(f"rank {rank} is not expected")
+                if not link.number:
+                    self.numbers += 1
+                    link.number = self.numbers
+                    for other in list(self.links.values()):
+                        if other is not link and other.number and other.session.rank == rank:
+                            self.drop(other, "its supervisor started anew", now)
+                    self.coordinator.join(rank, link.number, now)
+                self.coordinator.report(rank, link.number, message, now)
+                self.send_order(link, float(message["sent"]))
+            else:
+                self.member.receive(message)
+                if "view" in message:
+                    self.view = message["view"]
+                if "echo" in message:
+                    arrived = time.time()
+                    trip = arrived - float(message["echo"])
+                    offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
+                    if trip >= 0 and (self.clock is None or trip <= self.clock[0] * 1.5 + 0.001):
+                        self.clock = (trip, offset)
+
+    def flush(self, link: Link) -> None:
+        """Send what is queued, as far as the socket takes it."""
+        if link.session.outgoing:
+            sent = link.sock.send(link.session.outgoing)
+            del link.session.outgoing[:sent]
+        want = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.session.outgoing else 0)
+        if self.selector.get_key(link.sock).events != want:
+            self.selector.modify(link.sock, want, link)
+
+    def transmit(self, link: Link, message: JSON) -> None:
+        try:
+            link.session.send(message)
+            self.flush(link)
+        except BlockingIOError:
+            self.selector.modify(link.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
+        except (OSError, ProtocolError) as error:
+            self.drop(link, str(error), time.monotonic())
+
+    def send_order(self, link: Link, echo: Optional[float]) -> None:
+        """The order for a rank: the answer to each of its reports, and again whenever it changes."""
+        assert self.coordinator
+        link.order, view = self.coordinator.order(), self.coordinator.view()
+        message = dict(link.order)
+        if echo is not None:
+            message.update(echo=echo, now=time.time())
+        if view != link.view:
+            link.view = message["view"] = view
+        self.transmit(link, message)
+
+    def report(self) -> JSON:
+        report = self.member.report()
+        report["checkpoints"] = self.watch.count if self.watch else 0
+        report["checkpoint"] = self.watch.newest if self.watch else None
+        return report
+
+    def exchange_locally(self, now: float) -> None:
+        """Rank 0's own member needs no network."""
+        if self.coordinator:
+            self.coordinator.report(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
+            self.member.receive(self.coordinator.order())
+            self.view = self.coordinator.view()
+
+    def exchange(self, now: float) -> None:
+        """Orders that have changed; reports that have changed or are due."""
+        if self.coordinator:
+            order, view = self.coordinator.order(), self.coordinator.view()
+            for link in list(self.links.values()):
+                if link.number and (link.order != order or link.view != view):
+                    self.send_order(link, None)
+            return
+        report = self.report()
+        for link in list(self.links.values()):
+            if link.session.open and (report != self.sent_report or now >= self.next_report):
+                self.sent_report = report
+                self.transmit(link, dict(report, lines=self.torchrun.lines(), sent=time.time()))
+
+    # -- files
+
+    def write_done(self) -> None:
+        left = self.coordinator.unacknowledged() if self.coordinator else []
+        write_json(self.done_file, {"job": self.options.job, "release": self.options.release, "finished": time.time(),
+                                    "unacknowledged": left})
+
+    def write_state(self) -> None:
+        """state.json, journal and systemd's status line, each only when something has changed."""
+        view, member, options = dict(self.view), self.member, self.options
+        if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
+            view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}")
+        if member.result:
+            view["state"] = member.result
+        elif (member.stop_at is not None or member.leaving) and view["state"] not in FINAL:
+            view.update(state="stopping", text=f"{options.host} is shutting down" if member.leaving else view["text"])
+        if view["state"] != self.written.get("state"):
+            self.since = time.time()
+        state: JSON = {
+            "version": 1, "job": options.job, "host": options.host, "rank": self.rank, "nnodes": options.nnodes,
+            "release": options.release, "pid": os.getpid(), "max_restarts": options.max_restarts, "since": self.since,
+            "node": {"phase": member.phase, "generation": member.generation, "problems": member.problems or [],
+                     "connected": member.connected},
+            "checkpoint": self.watch.newest if self.watch else None, "last_exit": self.last_exit,
+            "result": member.result, **view,
+        }
+        state["generation"] = max(int(view["generation"]), member.generation)
+        if self.coordinator:
+            state["history"] = self.coordinator.history
+            state["members"] = {str(seat.rank): {
+                "host": seat.host, "connected": seat.connected, "phase": seat.report.get("phase"),
+                "generation": seat.report.get("generation"), "problems": seat.report.get("problems") or [],
+                "checkpoint": seat.report.get("checkpoint")} for seat in self.coordinator.seats}
+        if state == self.written:
+            return
+        if self.coordinator and member.result == "done" and self.written.get("members") != state["members"]:
+            self.write_done()
+        self.written = state
+        try:
+            write_json(self.state_file, dict(state, written=time.time()))
+        except OSError as error:
+            say(f"cannot write {self.state_file}: {error.strerror}")
+        notify(f"STATUS={state['state']}: {state['text']}")
+        cause = state["first_cause"]
+        if cause and cause != self.said_cause:
+            self.said_cause = cause
+            say(f"generation {cause['generation']} ended early, first on {cause['text']} "
+                f"({state['restarts_left']} of {state['max_restarts']} restarts left)")
+
+    def speak(self, now: float) -> None:
+        """The state in the journal: what one waits for only once it has lasted, everything else at once."""
+        text = self.written["text"]
+        if text != self.text:
+            self.text, self.text_since = text, now
+        if text != self.said and (self.written["state"] != "waiting" or now - self.text_since >= 1.0 or self.code is not None):
+            self.said = text
+            say(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,6 +1691,7 @@ def describe(cause: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; ends with exit code 2 and one sentence where they make no sense."""
     parser = argparse.ArgumentParser(prog="torchrun_supervisor", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--job", required=True)
     parser.add_argument("--host", required=True, help="this node's inventory name")
@@ -368,17 +1699,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--nnodes", type=int, required=True)
     parser.add_argument("--coordinator", default="", help="ADDRESS:PORT of rank 0's supervisor")
     parser.add_argument("--bind", default="", help="this node's address on the training interface")
-    parser.add_argument("--secret-file", default="")
+    parser.add_argument("--secret-file", default="", help="the job's secret, the same on all nodes")
     parser.add_argument("--state-dir", required=True)
     parser.add_argument("--checkpoint-dir", default="")
-    parser.add_argument("--checkpoint-glob", default="*")
-    parser.add_argument("--log-dir", default="")
-    parser.add_argument("--max-restarts", type=int, default=3)
-    parser.add_argument("--hang-timeout", type=float, default=0.0, help="seconds, 0: off")
+    parser.add_argument("--checkpoint-glob", default="*", help="a new file that matches is progress")
+    parser.add_argument("--log-dir", default="", help="torchrun's own --log-dir, searched for error.json")
+    parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
+    parser.add_argument("--hang-timeout", type=float, default=0.0, help="seconds without output or checkpoint; 0: off")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds from SIGTERM to SIGKILL at a requested stop")
-    parser.add_argument("--abort-grace", type=float, default=5.0, help="the same when a generation is aborted")
+    parser.add_argument("--abort-grace", type=float, default=3.0, help="the same when a generation is aborted")
+    parser.add_argument("--heartbeat", type=float, default=1.0, help="seconds between reports")
+    parser.add_argument("--lost-after", type=float, default=5.0, help="seconds of silence after which a node is lost")
     parser.add_argument("--release", default="")
-    parser.add_argument("--check", action="append", default=[], metavar="KIND=VALUE")
+    parser.add_argument("--check", action="append", default=[], metavar="KIND=VALUE",
+                        help="before every start: gpus=N, shm=BYTES, disk=PATH:BYTES, release=LINK:NAME, port=N")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
     if options.command[:1] == ["--"]:
@@ -387,83 +1721,51 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("no command given after --")
     if not 0 <= options.node_rank < options.nnodes:
         parser.error(f"--node-rank {options.node_rank} is not within --nnodes {options.nnodes}")
+    if options.nnodes > 1 and not (options.secret_file and re.fullmatch(r".+:\d+", options.coordinator)):
+        parser.error("with more than one node --secret-file and --coordinator ADDRESS:PORT are needed")
+    options.checks = []
+    for text in options.check:
+        try:
+            options.checks.append(parse_check(text))
+        except ValueError:
+            parser.error(f"--check {text} is not understood")
+    for number, word in enumerate(options.command):
+        match = re.fullmatch(r"--master[-_]port(?:=(\d+))?", word)
+        if match and options.node_rank == 0:
+            value = match.group(1) or (options.command + [""])[number + 1]
+            if value.isdigit() and value != "0" and ("port", value) not in options.checks:
+                options.checks.append(("port", value))
     return options
-
-
-class Solo:
-    """First version: this node alone, one generation, no restarts."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        marker = os.path.abspath(options.state_dir)   # one per job and node
-        unit = CgroupTree.unit_path()
-        self.torchrun = Torchrun(CgroupTree(unit) if unit else MarkedTree(marker), marker)
-        self.stop_asked = 0.0
-        self.state: dict[str, Any] = {
-            "version": 1, "job": options.job, "host": options.host, "rank": options.node_rank,
-            "nnodes": options.nnodes, "release": options.release, "pid": os.getpid(), "generation": 1,
-            "max_restarts": options.max_restarts, "restarts_left": options.max_restarts, "last_exit": None,
-            "first_cause": None, "result": None, "members": {},
-        }
-
-    def enter(self, state: str, text: str, **values: Any) -> None:
-        now = time.time()
-        self.state.update(values, state=state, text=text, since=now, written=now)
-        write_json(os.path.join(self.options.state_dir, "state.json"), self.state)
-        notify(f"STATUS={state}: {text}")
-        say(text)
-
-    def run(self) -> int:
-        marker_file = os.path.join(self.options.state_dir, "done")
-        done = read_json(marker_file)
-        if done and done.get("release") == self.options.release:
-            notify("READY=1")
-            self.enter("done", f"job {self.options.job} has finished already (release {self.options.release}); "
-                       f"remove {marker_file} to train anew", result="done")
-            return EXIT_OK
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_stop)
-        notify("READY=1")
-        self.torchrun.start(self.options.command, 1, os.path.join(self.options.state_dir, "errors"))
-        self.enter("running", f"generation 1 of job {self.options.job} runs on {self.options.host}")
-        killed = False
-        told = False
-        while self.torchrun.exit_code() is None:
-            if self.stop_asked and not told:
-                told = True
-                self.enter("stopping", f"stop requested on {self.options.host}; {self.options.grace:g} s to end cleanly")
-                self.torchrun.terminate()
-            if self.stop_asked and not killed and time.monotonic() - self.stop_asked > self.options.grace:
-                killed = True
-                say(f"not ended within {self.options.grace:g} s: killing it")
-                self.torchrun.tree.kill()
-            try:
-                assert self.torchrun.process
-                self.torchrun.process.wait(0.5)
-            except subprocess.TimeoutExpired:
-                pass
-        code = self.torchrun.exit_code()
-        self.torchrun.clear()
-        last = {"generation": 1, "time": time.time(), "code": code}
-        if self.stop_asked:
-            self.enter("stopped", f"stopped as requested on {self.options.host}", last_exit=last, result="stopped")
-            return EXIT_OK
-        if code == 0:
-            write_json(marker_file, {"release": self.options.release, "finished": time.time(), "job": self.options.job})
-            self.enter("done", f"job {self.options.job} is finished", last_exit=last, result="done")
-            return EXIT_OK
-        cause = dict(self.torchrun.cause(), host=self.options.host)
-        self.enter("failed", f"failed on {describe(cause)}", last_exit=last, first_cause=cause, result="failed")
-        return EXIT_FAILED
-
-    def on_stop(self, _number: int, _frame: Any) -> None:
-        self.stop_asked = self.stop_asked or time.monotonic()
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    os.makedirs(options.state_dir, exist_ok=True)
-    return Solo(options).run()
+    limits = Limits(options.max_restarts, options.hang_timeout, options.grace, options.abort_grace, options.heartbeat,
+                    options.lost_after)
+    secret = b""
+    try:
+        os.makedirs(options.state_dir, exist_ok=True)
+        if options.nnodes > 1:
+            with open(options.secret_file, "rb") as file:
+                secret = file.read(4096).strip()
+            if len(secret) < 16:
+                raise OSError(errno.EINVAL, "holds fewer than 16 bytes", options.secret_file)
+    except OSError as error:
+        say(f"{options.host}: {error.filename}: {error.strerror}")
+        return EXIT_USAGE
+    done_file = os.path.join(options.state_dir, "done")
+    done = read_json(done_file)
+    if done and done.get("release") == options.release and not (options.node_rank == 0 and done.get("unacknowledged")):
+        notify("READY=1")
+        say(f"job {options.job} has finished already (release {options.release}); remove {done_file} to train anew")
+        return EXIT_OK
+    if done and done.get("release") != options.release:
+        os.unlink(done_file)
+    try:
+        return Supervisor(options, limits, secret).run()
+    except OSError as error:
+        say(f"{options.host}: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return EXIT_INTERNAL
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+# The two commands of the README, and what they are made of. Every target can be repeated at any time.
+SHELL := /bin/bash
+VENV ?= .venv
+export VENV
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
+MINUTES ?= 10
+
+.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## Make the Python environment in .venv
+	@tools/setup.sh
+
+lab: setup ## Boot two systemd nodes on this machine
+	ansible-playbook playbooks/lab.yml -i inventories/lab
+
+train: lab ## Boot the lab and train a model on it
+	ansible-playbook train.yml -i inventories/lab
+
+test: setup ## Run every check
+	@tools/test.sh
+
+lint: setup ## ansible-lint, production profile
+	ansible-lint --offline
+	yamllint --strict .
+
+unit: setup ## Unit tests
+	pytest tests/unit
+
+sanity: setup ## ansible-test sanity
+	@tools/sanity.sh
+
+build: setup ## Build the collection's tarball in build/
+	ansible-galaxy collection build --force --output-path build
+
+docs: setup ## Build the documentation site in build/docs
+	@tools/docs.sh
+
+clean: setup ## Remove the lab: nodes, bridge, mounts, firewall table
+	ansible-playbook playbooks/lab.yml -i inventories/lab -e lab_state=absent

@@ -1,0 +1,270 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Carrying out a request on the node: gather, compare, and change with a timer that puts everything back unless confirmed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Mapping, Optional, Sequence
+
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job
+
+
+@dataclass
+class Request:
+    """The module's arguments."""
+
+    state: str = "present"
+    job: Optional[str] = None
+    ports: Sequence[int] = ()
+    peers: Sequence[str] = ()
+    interface: Optional[str] = None
+    trust_peers: bool = True
+    ephemeral_ports: str = "50000-60999"
+    protect: bool = True
+    monitoring_ports: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    backend: str = "auto"
+    rollback_after: int = 60
+
+
+def gather(node: Node) -> plan.Facts:
+    """What the node has. Raises NodeError."""
+    programs = frozenset(name for name in ("nft", "firewall-cmd", "ufw", "ipset") if node.which(name))
+    units = node.units(["firewalld.service", files.UNIT])
+    paths = [
+        *(path for path in node.listing(files.JOBS_DIR) if path.endswith(".json")),
+        *node.listing(files.RULES_DIR),
+        files.SCRIPT,
+        files.UNIT_FILE,
+        files.DROP_IN,
+        files.SYSCTL_FILE,
+    ]
+    present = {path: text for path in paths for text in [node.read(path)] if text is not None}
+    ufw_conf = node.read("/etc/ufw/ufw.conf") or ""
+    return plan.Facts(
+        programs=programs,
+        ruleset=node.ruleset() if "nft" in programs else (),
+        firewalld_active=units.get("firewalld.service", {}).get("ActiveState") in ("active", "reloading", "activating"),
+        ufw_enabled="ufw" in programs and any(line.strip().lower() == "enabled=yes" for line in ufw_conf.splitlines()),
+        legacy=node.legacy_iptables_drops(),
+        management_ports=tuple(node.management_ports()),
+        kernel_range=node.kernel_range(),
+        present=present,
+        enabled=os.path.islink(files.UNIT_LINK),
+    )
+
+
+def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules]:
+    """The jobs that the node should hold after the request, sorted by name. Raises SpecError."""
+    jobs: dict[str, JobRules] = {}
+    problems: list[str] = []
+    for path, text in facts.present.items():
+        if os.path.dirname(path) == files.JOBS_DIR:
+            name = os.path.basename(path)[: -len(".json")]
+            if request.state != "verified" and name == request.job:
+                continue
+            try:
+                jobs[name] = load(text)
+            except ValueError as error:
+                problems.append(f"{path} cannot be read ({error}): remove it and run the role for that job again.")
+    if request.state == "absent":
+        if request.job is None:
+            return []
+    elif request.state == "present":
+        if request.interface and not node.has_interface(request.interface):
+            known = ", ".join(name for name in node.interfaces() if name != "lo")
+            problems.append(f"cluster_interface is {request.interface}, which this node does not have: choose one of {known}.")
+        if problems:
+            raise SpecError(problems)
+        before = plan.range_before(facts)
+        rules = parse_job(
+            request.job,
+            request.ports,
+            request.peers,
+            request.interface,
+            request.trust_peers,
+            kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
+            narrow_range=request.ephemeral_ports,
+            protect=request.protect,
+            monitoring=request.monitoring_ports,
+            management_ports=facts.management_ports,
+        )
+        jobs[rules.job] = rules
+    if problems:
+        raise SpecError(problems)
+    result = [jobs[name] for name in sorted(jobs)]
+    check_together(result)
+    return result
+
+
+def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
+    """The module's result. Raises SpecError and NodeError."""
+    with _lock(check_mode or request.state == "verified") as may_change:
+        if may_change:
+            _finish_pending(node)
+        facts = gather(node)
+        jobs = jobs_after(node, request, facts)
+        wanted = plan.target(request.backend, jobs, facts)
+        changes = plan.file_changes(wanted, facts)
+        differences = plan.live_differences(wanted, facts)
+        result: dict[str, Any] = {
+            "backend": wanted.backend,
+            "protected": wanted.guard is not None,
+            "opened": [f"{' '.join(key)}: {reason}" for key, reason in wanted.jumps.items()],
+            "jobs": [job.job for job in jobs],
+            "differences": [_sentence(path, *texts) for path, texts in changes.items()] + differences,
+            "in_sync": not changes and not differences,
+            "missing_packages": [plan.PACKAGES["nft"]] if wanted.unit and "nft" not in facts.programs else [],
+            "pending": False,
+        }
+        result["changed"] = not result["in_sync"] and request.state != "verified"
+        result["diff"] = _diff(changes, differences)
+        if not result["changed"] or check_mode:
+            return result
+        if result["missing_packages"]:
+            result["changed"] = False
+            return result
+        _change(node, wanted, facts, changes, request.rollback_after)
+        result["pending"] = True
+        return result
+
+
+def confirm(node: Node) -> dict[str, Any]:
+    """End the timer of the last change: the connection that brought this order is the proof that access works."""
+    with _lock(False):
+        try:
+            os.rename(files.ROLLBACK_DIR, files.ROLLBACK_DIR + ".confirmed")
+        except FileNotFoundError:
+            return {"changed": False, "rolled_back": True}
+        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
+        shutil.rmtree(files.ROLLBACK_DIR + ".confirmed", ignore_errors=True)
+        return {"changed": False, "rolled_back": False}
+
+
+def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], rollback_after: int) -> None:
+    """Make the change, after the timer that would put it back has been started. A failure puts it back at once."""
+    _snapshot(node, wanted, facts, changes)
+    node.command(
+        [
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit={files.ROLLBACK_UNIT}",
+            f"--on-active={rollback_after}s",
+            "--timer-property=AccuracySec=1s",
+            "--description=Put the firewall back unless the change is confirmed",
+            "/bin/sh",
+            f"{files.ROLLBACK_DIR}/rollback.sh",
+        ]
+    )
+    try:
+        for path, (_before, after) in changes.items():
+            if after is None and path != files.UNIT_FILE:
+                node.remove(path)
+            elif after is not None:
+                node.write(path, after, wanted.files[path][1])
+        text = plan.transaction(wanted, facts)
+        if text and "nft" in facts.programs:
+            node.command(["nft", "-f", "-"], data=text)
+        new_range = plan.wanted_range(wanted, facts)
+        if new_range:
+            node.set_kernel_range(*new_range)
+        _unit(node, wanted, facts, changes)
+    except (NodeError, OSError) as error:
+        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
+        node.command(["/bin/sh", f"{files.ROLLBACK_DIR}/rollback.sh"], check=False)
+        raise NodeError(f"The firewall was put back as it was, because the change failed: {error}") from error
+
+
+def _unit(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]]) -> None:
+    """Enable or remove the unit that loads the rules at boot."""
+    if not wanted.unit and files.UNIT_FILE in facts.present:
+        node.command(["systemctl", "disable", "--quiet", files.UNIT])
+        node.command(["systemctl", "stop", files.UNIT], check=False)
+        node.remove(files.UNIT_FILE)
+    if files.UNIT_FILE in changes or files.DROP_IN in changes:
+        node.command(["systemctl", "daemon-reload"])
+    if wanted.unit and not facts.enabled:
+        node.command(["systemctl", "enable", "--quiet", files.UNIT])
+    if wanted.unit and files.UNIT_FILE in changes:
+        node.command(["systemctl", "start", files.UNIT])
+
+
+def _snapshot(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]]) -> None:
+    """Keep what the change touches, and the script that puts it back."""
+    for suffix in ("", ".done", ".confirmed", ".running"):
+        path = files.ROLLBACK_DIR + suffix
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif os.path.exists(path):
+            os.unlink(path)
+    os.makedirs(files.ROLLBACK_DIR, mode=0o700)
+    for path, (before, _after) in changes.items():
+        if before is not None:
+            copy = f"{files.ROLLBACK_DIR}/files{path}"
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            shutil.copy2(path, copy)
+    node.write(f"{files.ROLLBACK_DIR}/restore", files.restore_script(), 0o755)
+    commands = []
+    if "nft" in facts.programs:
+        commands.append(f"sh {files.ROLLBACK_DIR}.running/restore --clean")
+    if plan.wanted_range(wanted, facts):
+        first, last = facts.kernel_range
+        commands.append(f"echo {first} {last} >{files.RANGE_SYSCTL}")
+    links = {files.UNIT_LINK: facts.enabled} if wanted.unit != facts.enabled else {}
+    script = files.rollback_script({path: before is not None for path, (before, _after) in changes.items()}, commands, links)
+    node.write(f"{files.ROLLBACK_DIR}/rollback.sh", script, 0o755)
+
+
+def _finish_pending(node: Node) -> None:
+    """An unconfirmed change of an interrupted run: put it back now, so that we start from what is known to work."""
+    if os.path.isdir(files.ROLLBACK_DIR):
+        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
+        node.command(["/bin/sh", f"{files.ROLLBACK_DIR}/rollback.sh"], check=False)
+    for _attempt in range(100):
+        if not os.path.isdir(files.ROLLBACK_DIR + ".running"):
+            return
+        time.sleep(0.1)
+    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists): look at `systemctl status {files.ROLLBACK_UNIT}`.")
+
+
+@contextmanager
+def _lock(read_only: bool) -> Iterator[bool]:
+    """One run at a time changes the firewall; yields whether this run may. Raises NodeError when another one does not end."""
+    if read_only:
+        yield False
+        return
+    os.makedirs(files.RUN_DIR, exist_ok=True)
+    with open(files.RUN_DIR + "/firewall.lock", "w", encoding="ascii") as handle:
+        for attempt in range(300):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 299:
+                    raise NodeError("Another run has been changing the firewall for 30 s: wait for it, or look at `ps` on the node.") from None
+                time.sleep(0.1)
+        yield True
+
+
+def _sentence(path: str, before: Optional[str], after: Optional[str]) -> str:
+    """What happens to a file, in words."""
+    if before is None:
+        return f"{path} is missing."
+    return f"{path} is no longer wanted." if after is None else f"{path} differs."
+
+
+def _diff(changes: Mapping[str, tuple[Optional[str], Optional[str]]], differences: Sequence[str]) -> list[dict[str, str]]:
+    """The change as Ansible shows it: the files' texts, then the live rules that differ although their file does not."""
+    shown = [{"before_header": path, "after_header": path, "before": before or "", "after": after or ""} for path, (before, after) in changes.items()]
+    if differences:
+        shown.append({"before_header": "live rules", "after_header": "live rules", "before": "\n".join(differences) + "\n", "after": ""})
+    return shown

@@ -1,0 +1,148 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the firewall role keeps on a node: paths, the restoring script, the unit, the drop-in and the roll-back script.
+
+Pure: everything is text. The shell scripts are POSIX sh and awk, so that they work at boot and when Ansible is gone.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Iterable, Mapping, Optional
+
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_nft import HEADER, OWN_FAMILY, OWN_TABLE, PREFIX, rule_comment, jump_rule
+
+JOBS_DIR = "/etc/onprem.torch/firewall.d"
+RULES_DIR = "/etc/onprem.torch/firewall"
+GUARD_FILE = RULES_DIR + "/guard.nft"
+JUMPS_FILE = RULES_DIR + "/jumps"
+BEFORE_FILE = RULES_DIR + "/before.json"
+SCRIPT = "/usr/local/lib/onprem.torch/firewall_restore"
+UNIT = "onprem-torch-firewall.service"
+UNIT_FILE = "/etc/systemd/system/" + UNIT
+UNIT_LINK = "/etc/systemd/system/sysinit.target.wants/" + UNIT
+DROP_IN = "/etc/systemd/system/nftables.service.d/50-onprem-torch-firewall.conf"
+SYSCTL_FILE = "/etc/sysctl.d/60-onprem-torch-firewall.conf"
+RANGE_SYSCTL = "/proc/sys/net/ipv4/ip_local_port_range"
+RUN_DIR = "/run/onprem.torch"
+ROLLBACK_DIR = RUN_DIR + "/firewall-rollback"
+ROLLBACK_UNIT = "onprem-torch-firewall-rollback"
+
+
+def opening_file(family: str, table: str) -> str:
+    """Where the opening for a table of the user's is kept."""
+    return f"{RULES_DIR}/opening_{family}_{table}.nft"
+
+
+def restore_script() -> str:
+    """The script that makes the live ruleset hold what the files say; the units run it.
+
+    With `--clean` it first takes out all that is ours. A missing table or chain of the user's is skipped: it may come
+    later, with the service that makes it, and the role's next run reports it.
+    """
+    comment = rule_comment(jump_rule())
+    return f"""#!/bin/sh
+{HEADER}# Loads the rules of onprem.torch; harmless to repeat. With --clean: takes all of them out first.
+# Run by {UNIT}, and by nftables.service after it has loaded the node's own rules.
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+failed=0
+
+if [ "${{1:-}}" = --clean ]; then
+    nft -a list ruleset | awk '
+        $1 == "table" {{ family = $2; table = $3; next }}
+        table == "{OWN_TABLE}" {{ if (!own++) last = last "delete table {OWN_FAMILY} {OWN_TABLE}\\n"; next }}
+        $1 == "chain" {{
+            chain = $2
+            if (chain == "{PREFIX}") middle = middle "flush chain " family " " table " " chain "\\ndelete chain " family " " table " " chain "\\n"
+            next
+        }}
+        $1 == "set" {{ if (index($2, "{PREFIX}_") == 1) last = last "delete set " family " " table " " $2 "\\n"; next }}
+        chain != "{PREFIX}" && index($0, "comment \\"{comment}\\"") {{ printf "delete rule %s %s %s handle %s\\n", family, table, chain, $NF }}
+        END {{ printf "%s%s", middle, last }}
+    ' | nft -f - || failed=1
+fi
+
+if [ -e {GUARD_FILE} ]; then
+    nft -f {GUARD_FILE} || failed=1
+fi
+
+for file in {RULES_DIR}/opening_*.nft; do
+    [ -e "$file" ] || continue
+    name=${{file##*/opening_}}
+    name=${{name%.nft}}
+    nft list table "${{name%%_*}}" "${{name#*_}}" >/dev/null 2>&1 || continue
+    nft -f "$file" || failed=1
+done
+
+if [ -e {JUMPS_FILE} ]; then
+    while read -r family table chain; do
+        listing=$(nft list chain "$family" "$table" "$chain" 2>/dev/null) || continue
+        case $listing in *'comment "{comment}"'*) continue ;; esac
+        nft insert rule "$family" "$table" "$chain" {jump_rule()} comment '"{comment}"' || failed=1
+    done <{JUMPS_FILE}
+fi
+
+exit $failed
+"""
+
+
+def unit_file(after: str = "") -> str:
+    """The unit that loads the rules at boot, before the network is up. `after`: further units to wait for."""
+    return f"""{HEADER}[Unit]
+Description=Firewall rules of onprem.torch jobs
+Documentation=man:nft(8)
+After=nftables.service {after}
+Before=network-pre.target shutdown.target
+Wants=network-pre.target
+Conflicts=shutdown.target
+DefaultDependencies=no
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart={SCRIPT}
+ExecReload={SCRIPT}
+
+[Install]
+WantedBy=sysinit.target
+""".replace("nftables.service \n", "nftables.service\n")
+
+
+def drop_in() -> str:
+    """nftables.service flushes every table when it starts or reloads; with this, ours come back right after."""
+    return f"""{HEADER}[Service]
+ExecStartPost=-{SCRIPT}
+ExecReload=-{SCRIPT}
+"""
+
+
+def sysctl_file(first: int, last: int) -> str:
+    """The ephemeral range, kept over reboots."""
+    return f"{HEADER}net.ipv4.ip_local_port_range = {first} {last}\n"
+
+
+def rollback_script(files: Mapping[str, bool], commands: Iterable[str], links: Optional[Mapping[str, bool]] = None) -> str:
+    """The script that a timer runs unless the change is confirmed: puts the files back, then runs `commands`.
+
+    files: path to whether it existed before (its copy then lies under ROLLBACK_DIR/files).
+    links: the same for symbolic links of enabled units.
+    It begins by taking the snapshot's folder for itself (a rename), so that it and a confirmation exclude each other.
+    """
+    lines = [
+        "#!/bin/sh",
+        "# Puts the firewall back as it was before the last change of onprem.torch, unless that was confirmed.",
+        "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+        f"mv {ROLLBACK_DIR} {ROLLBACK_DIR}.running || exit 0",
+    ]
+    for path, existed in sorted(files.items()):
+        quoted = shlex.quote(path)
+        if existed:
+            lines.append(f"mkdir -p $(dirname {quoted}) && cp -p {ROLLBACK_DIR}.running/files{quoted} {quoted}")
+        else:
+            lines.append(f"rm -f {quoted}")
+    for path, existed in sorted((links or {}).items()):
+        quoted = shlex.quote(path)
+        lines.append(f"ln -sf /etc/systemd/system/{shlex.quote(path.rsplit('/', 1)[-1])} {quoted}" if existed else f"rm -f {quoted}")
+    lines += ["systemctl daemon-reload", *commands]
+    lines += [f"rm -rf {ROLLBACK_DIR}.running", f"touch {ROLLBACK_DIR}.done", ""]
+    return "\n".join(lines)

@@ -1,0 +1,249 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From the jobs and what the node has to what it should have: the backend, the files, the live rules, the differences.
+
+Pure: `Facts` go in, a `Target` and sentences come out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Optional, Sequence
+
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_nft as nft
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_verdict as verdict
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, dump
+
+BACKENDS = ("nftables", "firewalld", "ufw")
+# The package that brings a backend's program, the same on all supported distributions.
+PACKAGES = {"nft": "nftables", "ipset": "ipset"}
+
+Chain = "tuple[str, str, str]"
+
+
+@dataclass
+class Facts:
+    """What the node has.
+
+    programs: which of nft, firewall-cmd, ufw, ipset are installed. ruleset: `nft -j list ruleset`.
+    legacy: the rule of legacy iptables that drops by default. present: text of every file that we may keep (existing ones).
+    drop_units: names of units that exist and flush nftables when they start.
+    """
+
+    programs: frozenset[str] = frozenset()
+    ruleset: Sequence[Mapping[str, Any]] = ()
+    firewalld_active: bool = False
+    ufw_enabled: bool = False
+    legacy: Optional[str] = None
+    management_ports: tuple[int, ...] = (22,)
+    kernel_range: tuple[int, int] = (32768, 60999)
+    present: dict[str, str] = field(default_factory=dict)
+    enabled: bool = False
+
+
+@dataclass
+class Target:
+    """What the node should have.
+
+    files: path to (text, mode). guard: our own table, None for none. openings: our share in tables of the user's.
+    jumps: the chains of the user's that get our jump, with the reason. kernel_range: the range to set, None to leave it.
+    """
+
+    backend: str
+    files: dict[str, tuple[str, int]] = field(default_factory=dict)
+    guard: Optional[nft.NftTable] = None
+    openings: list[nft.NftTable] = field(default_factory=list)
+    jumps: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    kernel_range: Optional[tuple[int, int]] = None
+    unit: bool = False
+
+
+def first_packets(jobs: Sequence[JobRules]) -> list[verdict.Packet]:
+    """Connections that must come through: from the first and the last peer of each job to its ports and into its range."""
+    packets: list[verdict.Packet] = []
+    for job in jobs:
+        ports = [*job.ports, (job.ephemeral[0] + job.ephemeral[1]) // 2]
+        for version, peers in ((4, job.peers4), (6, job.peers6)):
+            for peer in sorted({*peers[:1], *peers[-1:]}):
+                packets += [verdict.Packet(version, peer, port, job.interface) for port in ports]
+        for row in job.monitoring:
+            for version, sources in ((4, row.sources4), (6, row.sources6)):
+                for source in sources[:1]:
+                    network = ipaddress.ip_network(source)
+                    packets.append(verdict.Packet(version, str(network.network_address), row.port, job.interface))
+    return packets
+
+
+def of_a_manager(key: tuple[str, str, str], facts: Facts) -> bool:
+    """Whether a chain belongs to the active firewalld or ufw, which is then asked instead of changed with nft."""
+    if key[1] == "firewalld":
+        return facts.firewalld_active
+    return (facts.firewalld_active or facts.ufw_enabled) and verdict.managed_by_iptables(facts.ruleset, key)
+
+
+def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[str, dict[tuple[str, str, str], str]]:
+    """The backend, and the chains of plain nftables that would drop what the jobs need.
+
+    Raises SpecError: two firewalls are active, the one asked for is not there, or rules that we must not touch decide.
+    """
+    problems: list[str] = []
+    if facts.firewalld_active and facts.ufw_enabled:
+        problems.append("firewalld and ufw are both active: they overwrite each other's rules, disable one of them.")
+    active = "firewalld" if facts.firewalld_active else "ufw" if facts.ufw_enabled else "nftables"
+    program = {"firewalld": "firewall-cmd", "ufw": "ufw", "nftables": "nft"}
+    if asked != "auto" and asked != active:
+        if program[asked] not in facts.programs:
+            problems.append(f"firewall_backend is {asked}, which is not installed: install and enable it, or set firewall_backend to auto.")
+        elif asked == "nftables":
+            problems.append(f"firewall_backend is nftables, but {active} is active and decides: set firewall_backend to auto or {active}.")
+        else:
+            problems.append(
+                f"firewall_backend is {asked}, which is installed but not active: enable it with your SSH access allowed, or set firewall_backend to auto."
+            )
+    chains = verdict.deciding_chains(facts.ruleset, first_packets(jobs))
+    ours = {key: reason for key, reason in chains.items() if not of_a_manager(key, facts)}
+    for key, reason in ours.items():
+        name = " ".join(key)
+        if verdict.managed_by_iptables(facts.ruleset, key):
+            problems.append(
+                f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables: "
+                "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
+            )
+        elif active != "nftables":
+            problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}): keep one of the two.")
+    if facts.legacy and active == "nftables":
+        problems.append(
+            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables: "
+            "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
+        )
+    if problems:
+        raise SpecError(problems)
+    return active, ours
+
+
+def stranger_gets_in(jobs: Sequence[JobRules], facts: Facts) -> bool:
+    """Whether no firewall of the user's keeps an address and port that no rule names away from the training interface."""
+    if facts.legacy:
+        return False
+    return any(not verdict.keeps_strangers_out(facts.ruleset, version, job.interface, 0) for job in jobs if job.protect for version in (4, 6))
+
+
+def target(asked: str, jobs: Sequence[JobRules], facts: Facts) -> Target:
+    """What the node should have for these jobs; with no jobs: nothing of ours. Raises SpecError."""
+    if not jobs:
+        return Target(backend="none")
+    backend, chains = choose_backend(asked, jobs, facts)
+    wanted = Target(backend=backend)
+    for job in jobs:
+        wanted.files[f"{files.JOBS_DIR}/{job.job}.json"] = (dump(job), 0o644)
+    if stranger_gets_in(jobs, facts):
+        wanted.guard = nft.guard_table(jobs, facts.management_ports)
+        wanted.files[files.GUARD_FILE] = (nft.render_own(wanted.guard), 0o644)
+    if backend == "nftables" and chains:
+        for family, table in sorted({(key[0], key[1]) for key in chains}):
+            opening = nft.opening_table(jobs, family, table)
+            wanted.openings.append(opening)
+            wanted.files[files.opening_file(family, table)] = (nft.render_opening(opening), 0o644)
+        wanted.jumps = dict(sorted(chains.items()))
+        wanted.files[files.JUMPS_FILE] = ("".join(" ".join(key) + "\n" for key in wanted.jumps), 0o644)
+    if wanted.guard or wanted.openings:
+        wanted.unit = True
+        wanted.files[files.SCRIPT] = (files.restore_script(), 0o755)
+        wanted.files[files.UNIT_FILE] = (files.unit_file(), 0o644)
+        wanted.files[files.DROP_IN] = (files.drop_in(), 0o644)
+    _narrow(jobs, facts, wanted)
+    return wanted
+
+
+def _narrow(jobs: Sequence[JobRules], facts: Facts, wanted: Target) -> None:
+    """The kernel's range where the peers are not trusted, and what it was before, to be put back at the end."""
+    narrow = [job.ephemeral for job in jobs if job.narrow]
+    if narrow:
+        wanted.kernel_range = narrow[0]
+        before = facts.present.get(files.BEFORE_FILE) or json.dumps({"ip_local_port_range": list(facts.kernel_range)}) + "\n"
+        wanted.files[files.BEFORE_FILE] = (before, 0o644)
+        wanted.files[files.SYSCTL_FILE] = (files.sysctl_file(*narrow[0]), 0o644)
+
+
+def range_before(facts: Facts) -> Optional[tuple[int, int]]:
+    """The kernel's range before we narrowed it, None where we did not."""
+    text = facts.present.get(files.BEFORE_FILE)
+    if not text:
+        return None
+    try:
+        first, last = json.loads(text)["ip_local_port_range"]
+        return int(first), int(last)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def wanted_range(wanted: Target, facts: Facts) -> Optional[tuple[int, int]]:
+    """The range to set now, None where the kernel's is right or none of our business."""
+    want = wanted.kernel_range or range_before(facts)
+    return want if want and want != facts.kernel_range else None
+
+
+def file_changes(wanted: Target, facts: Facts) -> dict[str, tuple[Optional[str], Optional[str]]]:
+    """Path to (text now, text then) of every file that changes; None stands for no file."""
+    changes: dict[str, tuple[Optional[str], Optional[str]]] = {}
+    for path, (text, _mode) in wanted.files.items():
+        if facts.present.get(path) != text:
+            changes[path] = (facts.present.get(path), text)
+    for path, text in facts.present.items():
+        if path not in wanted.files:
+            changes[path] = (text, None)
+    return dict(sorted(changes.items()))
+
+
+def live_differences(wanted: Target, facts: Facts) -> list[str]:
+    """What the live rules lack or have too much, a sentence each."""
+    found: list[str] = []
+    items = facts.ruleset
+    if wanted.guard:
+        found += nft.differences(items, wanted.guard, own=True)
+    elif any("table" in item and item["table"]["name"] == nft.OWN_TABLE and item["table"]["family"] == nft.OWN_FAMILY for item in items):
+        found.append(f"Table {nft.OWN_FAMILY} {nft.OWN_TABLE} is no longer wanted.")
+    for opening in wanted.openings:
+        found += nft.differences(items, opening, own=False)
+    live_jumps = [jump[:3] for jump in nft.jumps(items)]
+    found += [f"Chain {' '.join(key)} does not jump to our rules." for key in wanted.jumps if key not in live_jumps]
+    found += [f"Chain {' '.join(key)} still jumps to our rules." for key in live_jumps if key not in wanted.jumps]
+    found += [f"Our rules in table {family} {table} are no longer wanted." for family, table in leftover_tables(wanted, facts)]
+    if wanted.unit and not facts.enabled:
+        found.append(f"{files.UNIT} is not enabled.")
+    change = wanted_range(wanted, facts)
+    if change:
+        found.append(f"net.ipv4.ip_local_port_range is {facts.kernel_range[0]} {facts.kernel_range[1]}, not {change[0]} {change[1]}.")
+    return found
+
+
+def leftover_tables(wanted: Target, facts: Facts) -> list[tuple[str, str]]:
+    """Tables of the user's in which something of ours is no longer wanted."""
+    return nft.leftovers(facts.ruleset, [(opening.family, opening.name) for opening in wanted.openings])
+
+
+def transaction(wanted: Target, facts: Facts) -> str:
+    """Text for `nft -f` that takes the live rules to the target as one step; empty for no rules before and after."""
+    items = facts.ruleset
+    parts: list[str] = []
+    live_jumps = nft.jumps(items)
+    parts += [
+        f"delete rule {family} {table} {chain} handle {handle}"
+        for family, table, chain, handle in live_jumps
+        if (family, table, chain) not in wanted.jumps and (family, table) in {(o.family, o.name) for o in wanted.openings}
+    ]
+    for family, table in leftover_tables(wanted, facts):
+        parts += nft.removal(items, family, table)
+    for opening in wanted.openings:
+        parts.append(nft.render_opening(opening).rstrip("\n"))
+        parts += nft.removal(items, opening.family, opening.name, [item.name for item in opening.sets], keep_chain=True)
+    present = {jump[:3] for jump in live_jumps}
+    parts += [f"insert rule {' '.join(key)} {nft.commented(nft.jump_rule())}" for key in wanted.jumps if key not in present]
+    if wanted.guard:
+        parts.append(nft.render_own(wanted.guard).rstrip("\n"))
+    elif any("table" in item and (item["table"]["family"], item["table"]["name"]) == (nft.OWN_FAMILY, nft.OWN_TABLE) for item in items):
+        parts.append(f"delete table {nft.OWN_FAMILY} {nft.OWN_TABLE}")
+    return "\n".join(parts) + "\n" if parts else ""
