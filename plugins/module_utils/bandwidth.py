@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Bandwidth of collectives: formulas, message sizes, the plateau and what hardware should reach.
 
 All bandwidths are in GB/s (1e9 bytes per second), all times in seconds, all sizes in bytes.

@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Which node, device or link is slow, from the bandwidths of pairs.
 
 A pair is as fast as the slowest of sender, link and receiver. So the best that a sender reaches with anybody is a lower

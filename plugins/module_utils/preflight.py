@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What the checks before the measurement mean, each failure as a sentence with host, peer and cure.
 
 The nodes collect (roles/nccl_verify/files/nccl_verify_node.py), this module judges all their answers together.

@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """What NCCL says of its transports, from lines that it prints with NCCL_DEBUG=INFO.
 
 The log of the measured run itself is read: NCCL prints these lines only while it sets connections up, so they cost the

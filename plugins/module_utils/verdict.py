@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
-# Apache License 2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
-# SPDX-License-Identifier: Apache-2.0
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Three separate answers — inside the node, on the wire, the application's all-reduce — that cannot hide each other.
 
 An answer is ``pass``, ``fail``, ``warn`` (below a figure that only warns), ``unknown`` (nothing to judge by) or

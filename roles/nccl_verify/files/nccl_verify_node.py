@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Runs the verification on one node: checks with all peers first, then torch.distributed.run, watched all the time.
 
 Standard library only. Every node connects to every other one before torch is imported. They tell each other what they

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Measures all-reduce under torch.distributed.run, in the way of nccl-tests, and looks for the slow pair.
 
 One file that needs torch and nothing else. By hand, beside nccl-tests, on a host with two GPUs:
