@@ -32,7 +32,7 @@ class ActionModule(ActionBase):
             argument_spec={
                 "job": {"type": "dict", "required": True},
                 "host": {"type": "str", "required": True},
-                "until": {"type": "str", "choices": ["first_step", "finished"], "default": "first_step"},
+                "wait_for": {"type": "str", "choices": ["first_step", "finished"], "default": "first_step"},
                 "again": {"type": "str", "default": ""},
             }
         )
@@ -40,7 +40,7 @@ class ActionModule(ActionBase):
         if self._task.check_mode:
             result.update(skipped=True, msg="nothing is started in check mode, so there is nothing to follow")
             return result
-        found = self._follow(arguments["job"], arguments["host"], arguments["until"], arguments["again"])
+        found = self._follow(arguments["job"], arguments["host"], arguments["wait_for"], arguments["again"])
         result.update(found)
         display.display("\n" + "\n".join(progress.summary(arguments["job"], arguments["host"], found)) + "\n")
         return result
