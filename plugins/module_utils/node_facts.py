@@ -37,13 +37,26 @@ def distribution(root: str = "/") -> dict[str, str]:
     for line in read_text(os.path.join(root, "etc/os-release")).splitlines():
         key, separator, value = line.partition("=")
         if separator:
-            fields[key] = " ".join(shlex.split(value))
+            fields[key] = unquoted(value)
     return {
         "id": fields.get("ID", ""),
         "version": fields.get("VERSION_ID", ""),
         "codename": fields.get("VERSION_CODENAME", ""),
         "name": fields.get("PRETTY_NAME", ""),
     }
+
+
+def unquoted(value: str) -> str:
+    """Return a value of os-release without its shell quotes; a value with a quote too few as it stands."""
+    try:
+        return " ".join(shlex.split(value))
+    except ValueError:
+        return value.strip("\"'")
+
+
+def number(text: str) -> int:
+    """Return a text as a number, 0 where it is none."""
+    return int(text) if text.isdigit() else 0
 
 
 def ephemeral_ports(root: str = "/") -> list[int]:
@@ -191,8 +204,8 @@ def jobs(root: str = "/") -> list[dict[str, t.Any]]:
                 "unit": unit,
                 "active": "populated 1" in events,
                 "devices": fields.get("Devices", ""),
-                "master_port": int(fields.get("MasterPort", "0")),
-                "supervisor_port": int(fields.get("SupervisorPort", "0")),
+                "master_port": number(fields.get("MasterPort", "")),
+                "supervisor_port": number(fields.get("SupervisorPort", "")),
                 "secret_id": digest_of(os.path.join(root, "etc/torchrun", f"{fields.get('Job', '')}.secret")),
             }
         )

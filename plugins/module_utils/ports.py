@@ -54,7 +54,7 @@ def check(
             holder = f"{entry['command'] or 'an unknown process'} (pid {entry['pid']})" if entry["pid"] else "a process"
             if entry["unit"].startswith("torchrun-"):
                 job = entry["unit"][len("torchrun-") : -len(".service")]
-                holder = f"another job, {job!r}"
+                holder = f"the job {job!r}"
             elif entry["unit"]:
                 holder += f" of {entry['unit']}"
             text = f"{variable} is {port}, which {holder} holds"

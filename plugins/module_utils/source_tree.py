@@ -27,7 +27,8 @@ class SourceError(Exception):
 def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
     """Return relative name → path of every file of a source (a folder, or one file), sorted by name.
 
-    Symbolic links are followed, so that what is shipped does not depend on what lies beside it.
+    Symbolic links are followed, so that what is shipped does not depend on what lies beside it; a link to a folder
+    that holds the link is left out, since it would never end.
 
     Raises:
         SourceError: the source is missing or a file in it cannot be read.
@@ -38,7 +39,7 @@ def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
         raise SourceError(f"{source} does not exist")
     found: dict[str, str] = {}
     for folder, folders, names in os.walk(source, followlinks=True):
-        kept = [name for name in folders if not matches(name, excluded)]
+        kept = [name for name in folders if not matches(name, excluded) and not leads_up(folder, name)]
         folders[:] = sorted(kept)
         for name in names:
             path = os.path.join(folder, name)
@@ -48,6 +49,15 @@ def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
                 raise SourceError(f"{path} cannot be read")
             found[os.path.relpath(path, source)] = path
     return dict(sorted(found.items()))
+
+
+def leads_up(folder: str, name: str) -> bool:
+    """Return whether an entry of a folder is a link to that folder or to one above it."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    target, here = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([target, here]) == target
 
 
 def matches(name: str, patterns: t.Sequence[str]) -> bool:

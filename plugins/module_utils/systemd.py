@@ -15,8 +15,14 @@ def quote(word: str) -> str:
     """Return one word of a command line so that systemd passes exactly it."""
     if PLAIN.fullmatch(word):
         return word
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$").replace("\n", "\\n")
-    return f'"{escaped}"'
+    return f'"{escape(word).replace("$", "$$")}"'
+
+
+def escape(text: str) -> str:
+    """Return a text as it stands between double quotes: specifiers doubled, nothing that ends the quotes or the line."""
+    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(plain, escaped)
+    return text
 
 
 def command(words: t.Iterable[t.Any]) -> str:
@@ -26,8 +32,7 @@ def command(words: t.Iterable[t.Any]) -> str:
 
 def assignment(name: str, value: str) -> str:
     """Return a line of Environment= for a unit: percent signs are specifiers there."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("\n", "\\n")
-    return f'"{name}={escaped}"'
+    return f'"{name}={escape(value)}"'
 
 
 def environment_file(values: t.Mapping[str, str]) -> str:

@@ -14,8 +14,10 @@ import typing as t
 
 # Roles whose prefix nobody else is likely to use: every unknown name with it is a slip of the pen.
 OWN_PREFIXES = ("torchrun_", "pytorch_", "nccl_verify_", "nvidia_driver_")
-# How alike two names must be to call one a misspelling of the other (difflib ratio, 0 to 1).
-ALIKE = 0.8
+# How alike two names must be after their prefix to call one a misspelling of the other (difflib ratio, 0 to 1): with a
+# prefix of ours, and with one that others may use too.
+ALIKE = 0.6
+VERY_ALIKE = 0.75
 # Names that plays themselves set with a known prefix.
 INTERNAL = frozenset({"cluster_plan", "cluster_group"})
 
@@ -72,10 +74,12 @@ def convert(value: t.Any, spec: dict[str, t.Any]) -> tuple[t.Any, str]:
     return value, ""
 
 
-def nearest(name: str, known: t.Iterable[str]) -> str:
-    """Return the known name that is most like ``name``, or an empty string where none is alike."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=ALIKE)
-    return found[0] if found else ""
+def nearest(name: str, known: t.Iterable[str], alike: float = ALIKE) -> str:
+    """Return the known name with the same prefix that is most like ``name``, or an empty string where none is alike."""
+    prefix, _separator, rest = name.partition("_")
+    others = [entry.partition("_")[2] for entry in known if entry.startswith(f"{prefix}_")]
+    found = difflib.get_close_matches(rest, others, n=1, cutoff=alike)
+    return f"{prefix}_{found[0]}" if found else ""
 
 
 def unknown_names(names: t.Iterable[str], known: t.Collection[str]) -> dict[str, str]:
@@ -85,7 +89,8 @@ def unknown_names(names: t.Iterable[str], known: t.Collection[str]) -> dict[str,
     for name in names:
         if name in known or name in INTERNAL or name.startswith("_") or not name.startswith(tuple(prefixes)):
             continue
-        right = nearest(name, known)
-        if right or name.startswith(OWN_PREFIXES):
+        own = name.startswith(OWN_PREFIXES)
+        right = nearest(name, known, ALIKE if own else VERY_ALIKE)
+        if right or own:
             slips[name] = right
     return slips

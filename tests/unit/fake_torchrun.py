@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Stands in for torchrun where many starts are needed: an agent, a worker in a session of its own, a grandchild.
 
 Behaves as torchrun does where the supervisor can tell: exit code 1 for every failure and for SIGTERM, a report of the

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Several real supervisors on 127.0.0.x, with real processes, real signals and a hostile network."""
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # Copyright: Contributors to the onprem.torch project
-# SPDX-License-Identifier: Apache-2.0
+# SPDX-License-Identifier: GPL-3.0-or-later
 """The wire: what is genuine arrives, nothing else does, and memory stays bounded."""
 from __future__ import annotations
 

@@ -1,0 +1,215 @@
+#!/usr/bin/python
+# Copyright: Contributors to the onprem.torch project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: nspawn_bridge
+short_description: Make the network that lab nodes are plugged into
+version_added: 0.1.0
+description:
+  - Makes a bridge with an address, forwarding, an nftables table that lets the nodes reach the outside by masquerading,
+    and network namespaces for outsiders, who are on the same network and no peers.
+options:
+  name:
+    description: Name of the bridge.
+    type: str
+    required: true
+  state:
+    description: Whether it is there. V(absent) removes bridge, table and outsiders.
+    type: str
+    choices: [present, absent]
+    default: present
+  address:
+    description: IPv4 address of the bridge with prefix length; the nodes' gateway.
+    type: str
+    default: ""
+  address6:
+    description: IPv6 address of the bridge with prefix length.
+    type: str
+    default: ""
+  outsiders:
+    description: Network namespaces, each with C(name), C(address) and, if wanted, C(address6), both with prefix length.
+    type: list
+    elements: dict
+    default: []
+author:
+  - The onprem.torch maintainers (@onprem-torch)
+attributes:
+  check_mode:
+    description: Says whether something would change.
+    support: full
+  diff_mode:
+    description: Shows no difference.
+    support: none
+"""
+
+EXAMPLES = r"""
+- name: Make the lab's network
+  onprem.torch.nspawn_bridge:
+    name: onprem0
+    address: 198.18.0.1/24
+"""
+
+RETURN = r"""
+changes:
+  description: What was made or removed.
+  returned: always
+  type: list
+  elements: str
+"""
+
+import ipaddress
+import json
+import os
+
+from ansible.module_utils.basic import AnsibleModule
+
+FORWARD = "/proc/sys/net/ipv4/ip_forward"
+INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
+# Each systemd takes a few inotify instances of the one user they all are to the kernel: 128 last for some 20 nodes.
+ENOUGH_INSTANCES = 8192
+
+
+class Bridge:
+    """The network of a lab."""
+
+    def __init__(self, module: AnsibleModule) -> None:
+        self.module = module
+        self.params = module.params
+        self.name = self.params["name"]
+        self.changes: list[str] = []
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """Run a command and return what it prints."""
+        returncode, stdout, stderr = self.module.run_command(list(words))
+        if returncode != 0 and check:
+            self.module.fail_json(msg=f"{' '.join(words)} failed: {stderr.strip()}")
+        return stdout
+
+    def change(self, what: str, *commands: list[str]) -> None:
+        """Remember a change and, outside check mode, make it."""
+        self.changes.append(what)
+        if not self.module.check_mode:
+            for command in commands:
+                self.run(*command)
+
+    def addresses(self, link: str, *namespace: str) -> set[str]:
+        """Return the addresses of an interface with prefix lengths."""
+        output = self.run("ip", *namespace, "-json", "address", "show", "dev", link, check=False)
+        found = json.loads(output or "[]")
+        return {f"{entry['local']}/{entry['prefixlen']}" for item in found for entry in item.get("addr_info", [])}
+
+    def table(self) -> str:
+        """Return the name of the nftables table."""
+        return f"onprem_lab_{self.name}".replace("-", "_").replace(".", "_")
+
+    def rules(self) -> str:
+        """Return the nftables rules: masquerade what leaves the bridge, and let a default-drop forward policy pass it."""
+        network = ipaddress.ip_interface(self.params["address"]).network
+        return (
+            f"table ip {self.table()} {{\n"
+            "\tchain postrouting {\n"
+            "\t\ttype nat hook postrouting priority srcnat; policy accept;\n"
+            f'\t\tip saddr {network} oifname != "{self.name}" masquerade\n'
+            "\t}\n"
+            "}\n"
+        )
+
+    def sysctl(self, path: str, least: int) -> None:
+        """Raise a kernel setting to what is needed; never lower it."""
+        with open(path, encoding="ascii") as stream:
+            now = int(stream.read())
+        if now >= least:
+            return
+        self.changes.append(f"{path} = {least}")
+        if not self.module.check_mode:
+            with open(path, "w", encoding="ascii") as stream:
+                stream.write(str(least))
+
+    def present(self) -> None:
+        """Make what is missing."""
+        params = self.params
+        if not params["address"]:
+            self.module.fail_json(msg=f"{self.name}: address is needed to make the bridge")
+        if not os.path.exists(f"/sys/class/net/{self.name}/bridge"):
+            self.change(f"bridge {self.name}", ["ip", "link", "add", self.name, "type", "bridge"])
+        wanted = {address for address in (params["address"], params["address6"]) if address}
+        for address in sorted(wanted - self.addresses(self.name)):
+            nodad = ["nodad"] if ":" in address else []
+            self.change(f"address {address}", ["ip", "address", "add", address, "dev", self.name, *nodad])
+        if "UP" not in self.run("ip", "link", "show", "dev", self.name, check=False).split(">")[0]:
+            self.change("link up", ["ip", "link", "set", self.name, "up"])
+        self.sysctl(FORWARD, 1)
+        self.sysctl(INSTANCES, ENOUGH_INSTANCES)
+        there = self.run("nft", "--stateless", "list", "table", "ip", self.table(), check=False)
+        if there.split() != self.rules().split():
+            self.changes.append(f"table {self.table()}")
+            if not self.module.check_mode:
+                self.load_rules(bool(there))
+        for outsider in params["outsiders"]:
+            self.outsider(outsider)
+
+    def load_rules(self, replace: bool) -> None:
+        """Put the table into the kernel, in one step."""
+        text = (f"delete table ip {self.table()}\n" if replace else "") + self.rules()
+        returncode, _stdout, stderr = self.module.run_command(["nft", "--file", "-"], data=text)
+        if returncode != 0:
+            self.module.fail_json(msg=f"nft does not take the rules of {self.table()}: {stderr.strip()}")
+
+    def namespaces(self) -> set[str]:
+        """Return the names of the network namespaces."""
+        return {item["name"] for item in json.loads(self.run("ip", "-json", "netns", "list", check=False) or "[]")}
+
+    def outsider(self, outsider: dict[str, str]) -> None:
+        """Make a namespace with an interface on the bridge."""
+        name = outsider["name"]
+        host_end = f"vo-{name}"[:15]
+        wanted = {outsider[key] for key in ("address", "address6") if outsider.get(key)}
+        inside = ("-netns", name)
+        if name in self.namespaces() and wanted <= self.addresses("out0", *inside):
+            return
+        self.changes.append(f"outsider {name}")
+        if self.module.check_mode:
+            return
+        self.run("ip", "netns", "delete", name, check=False)
+        self.run("ip", "link", "delete", host_end, check=False)
+        self.run("ip", "netns", "add", name)
+        self.run("ip", "link", "add", host_end, "type", "veth", "peer", "name", "out0", "netns", name)
+        self.run("ip", "link", "set", host_end, "master", self.name, "up")
+        self.run("ip", *inside, "link", "set", "lo", "up")
+        for address in sorted(wanted):
+            self.run("ip", *inside, "address", "add", address, "dev", "out0", *(["nodad"] if ":" in address else []))
+        self.run("ip", *inside, "link", "set", "out0", "up")
+
+    def absent(self) -> None:
+        """Remove what is there."""
+        for outsider in self.params["outsiders"]:
+            if outsider["name"] in self.namespaces():
+                self.change(f"outsider {outsider['name']}", ["ip", "netns", "delete", outsider["name"]])
+        if os.path.exists(f"/sys/class/net/{self.name}"):
+            self.change(f"bridge {self.name}", ["ip", "link", "delete", self.name])
+        if self.run("nft", "list", "table", "ip", self.table(), check=False):
+            self.change(f"table {self.table()}", ["nft", "delete", "table", "ip", self.table()])
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "address": {"type": "str", "default": ""},
+            "address6": {"type": "str", "default": ""},
+            "outsiders": {"type": "list", "elements": "dict", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    bridge = Bridge(module)
+    getattr(bridge, module.params["state"])()
+    module.exit_json(changed=bool(bridge.changes), changes=bridge.changes)
+
+
+if __name__ == "__main__":
+    main()
