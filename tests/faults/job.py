@@ -4,58 +4,35 @@
 from __future__ import annotations
 
 import json
-import pathlib
 import re
 import subprocess
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from machines import INVENTORY, ROOT, Hall, run
+
 FOREVER = 10 ** 9
-INVENTORY = """\
-all:
-  vars:
-    ansible_user: root
-    ansible_ssh_private_key_file: {key}
-    ansible_ssh_common_args: -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o ControlPersist=60s
-    ansible_python_interpreter: /usr/bin/python3
-    pytorch_environment: {environment}
-    pytorch_source: existing
-    torchrun_source: {project}
-    torchrun_script: train.py
-    torchrun_args: [/var/lib/torchrun/target]
-    torchrun_checkpoint_glob: step-*.json
-    torchrun_wait_for: first_step
-    torchrun_hang_timeout: 20
-    torchrun_stop_timeout: 20
-train:
-  hosts:
-"""
 
 
 class Job:
-    """One job named train on all machines of a hall."""
+    """The job named train."""
 
-    root = "/var/lib/torchrun/train"
+    root, unit = "/var/lib/torchrun/train", "torchrun-train.service"
 
-    def __init__(self, hall):
-        self.hall, self.machines = hall, hall.machines
-        self.inventory = hall.folder / "inventory.yml"
+    def __init__(self, hall: Hall) -> None:
+        self.machines = hall.machines
+        self.hall = hall
+
+    def playbook(self, name, *options):
+        return run("ansible-playbook", name, "-i", str(INVENTORY), *options, cwd=ROOT, timeout=900)
 
     def deploy(self):
         """train.yml, as a user would type it; returns once the first step is done."""
-        text = INVENTORY.format(key=self.hall.key, environment=self.hall.environment, project=HERE / "project")
-        text += "".join(f"    {machine.name}: {{ansible_host: {machine.address}}}\n" for machine in self.machines)
-        self.inventory.write_text(text)
+        names = "\n".join(f"{machine.address} {machine.name}" for machine in self.machines)
+        for machine in self.machines:
+            # torch asks for the names of its peers; without an answer each start waits for the resolver's timeout.
+            machine.shell(f"grep -q {self.machines[-1].address} /etc/hosts || echo '{names}' >>/etc/hosts")
         self.target(FOREVER)
         return self.playbook("train.yml")
-
-    def playbook(self, name, *options, check=True):
-        done = subprocess.run(["ansible-playbook", name, "-i", str(self.inventory), *options], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=600)
-        if check and done.returncode:
-            raise RuntimeError(done.stdout[-6000:])
-        return done.stdout
 
     def target(self, steps):
         """How many steps the job has to do."""
@@ -70,17 +47,36 @@ class Job:
         except (RuntimeError, ValueError, subprocess.TimeoutExpired):
             return {}
 
+    def units(self):
+        """ActiveState of the unit on every node."""
+        return [machine.shell(f"systemctl is-active {self.unit} || true").strip() for machine in self.machines]
+
     def journal(self, machine=None, since=0.0):
         """The unit's journal of a node since a moment."""
         return (machine or self.machines[0]).shell(
-            f"journalctl --quiet --no-pager --output=cat --unit=torchrun-train --since=@{since:.6f}", check=False)
+            f"journalctl --quiet --no-pager --output=cat --unit={self.unit} --since=@{since:.6f}", check=False)
 
     def steps(self, since):
         """(step, time) that rank 0 has done after a moment."""
         found = re.findall(r"step (\d+) at ([\d.]+)", self.journal(since=since - 1))
         return [(int(step), float(moment)) for step, moment in found if float(moment) > since]
 
+    def resumed(self, since):
+        """The step from which the last start has gone on."""
+        return int(re.findall(r"resumes from step (\d+)", self.journal(since=since))[-1])
+
+    def stopped_at(self, since):
+        """The step at which a stop has left the job."""
+        return int(re.findall(r"stopped cleanly at step (\d+)", self.journal(since=since))[-1])
+
+    def generation_started(self, generation):
+        """When the supervisors started a generation, from rank 0's journal."""
+        text = self.machines[0].shell(f"journalctl --quiet --no-pager --output=short-unix --unit={self.unit} "
+                                      f"--grep='generation {generation} runs on' | tail -n 1", check=False)
+        return float(text.split()[0]) if text.strip() else None
+
     def wait(self, condition, seconds, what):
+        """The first true value of a condition."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
@@ -89,41 +85,57 @@ class Job:
                 value = None
             if value:
                 return value
-            time.sleep(0.25)
+            time.sleep(0.5)
         raise AssertionError(f"{what}: not within {seconds} s\n{self.report()}")
 
     def report(self):
         """What a person needs after a failed test."""
         parts = []
         for machine in self.machines:
-            if machine.leader():
-                parts.append(f"--- {machine.name}\n{self.journal(machine, time.time() - 90)[-5000:]}")
-            else:
-                parts.append(f"--- {machine.name} is off")
+            text = self.journal(machine, time.time() - 120) if machine.leader() else "off"
+            parts.append(f"--- {machine.name}\n" + "\n".join(
+                line for line in text.splitlines() if " step " not in line)[-5000:])
         return "\n".join(parts)
 
-    def generation(self):
-        return self.state().get("generation", 0)
-
-    def trains(self, generation=None, seconds=90, since=None):
-        """Wait for a step of a generation newer than the one given; returns the moment of its first step."""
-        since = time.time() if since is None else since
-
+    def trains(self, after, seconds=120):
+        """Wait until a generation newer than the given one does a step; returns (generation, moment of that step)."""
         def check():
             state = self.state()
-            if state.get("state") != "running" or (generation is not None and state["generation"] <= generation):
+            if state.get("state") != "running" or state["generation"] <= after:
                 return None
-            after = [moment for _step, moment in self.steps(max(since, state["since"]))]
-            return after[0] if after else None
+            steps = self.steps(state["since"])
+            return (state["generation"], steps[0][1]) if steps else None
         return self.wait(check, seconds, "training goes on")
 
-    def orphans(self):
-        """Processes of the job beyond what one generation has: per node one supervisor, one torchrun, one worker."""
+    def strays(self):
+        """Processes of the job that no supervisor holds, or more than one generation has."""
         found = {}
         for machine in self.machines:
-            lines = machine.shell("ps -eo pid,ppid,cgroup:200,args | grep -E 'train.py|distributed.run' | "
-                                  "grep -v -e grep -e torchrun_supervisor.py", check=False).splitlines()
-            strays = [line for line in lines if "torchrun-train.service/torchrun" not in line]
-            if len(lines) > 2 or strays:
+            lines = machine.shell("ps -eo pid,cgroup:200,args | grep -E '[t]rain.py' | grep -v torchrun_supervisor.py",
+                                  check=False).splitlines()
+            if len(lines) > 2 or any(f"{self.unit}/torchrun" not in line for line in lines):
                 found[machine.name] = lines
         return found
+
+    def finish(self, seconds=90):
+        """Let the job end; checks its result, its marker and its units."""
+        steps = self.wait(lambda: self.steps(time.time() - 20), 60, "a step")[-1][0] + 40
+        since = time.time()
+        self.target(steps)
+        self.wait(lambda: set(self.units()) == {"inactive"}, seconds, "the end of the job")
+        for machine in self.machines:
+            text = self.journal(machine, since)
+            (step, state, expected), = re.findall(r"finished: step (\d+) state (\d+) expected (\d+)", text)
+            assert int(step) == steps, f"{machine.name} ended at step {step}, not {steps}"
+            assert state == expected, f"{machine.name}: a step was lost or done twice"
+            assert self.state(machine)["result"] == "done"
+            machine.shell(f"test -s {self.root}/state/done")
+        assert not self.strays()
+        return steps
+
+    def start_again(self):
+        """A finished job trains on with a new target."""
+        self.target(FOREVER)
+        for machine in self.machines:
+            machine.shell(f"rm -f {self.root}/state/done; systemctl reset-failed {self.unit}; systemctl start {self.unit}",
+                          check=False)

@@ -1056,9 +1056,13 @@ def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
             # Only an echo: a worker that was killed by a signal comes before it.
             first = next((worker for worker in workers if worker["exitcode"] < 0
                           and worker["exitcode"] not in (-signal.SIGTERM, -signal.SIGABRT)), first)
-        cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True)
+        cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True, exit_code=None, signal=None)
+        if code < 0:
+            cause.update(reason="exit", error=None)     # torchrun itself was killed after it had said who failed
+        if isinstance(message, str) and message:
+            cause.update(reason="error", error=message)
         if first["exitcode"] < 0:
-            cause.update(reason="signal", signal=signal_name(-first["exitcode"]), exit_code=None)
+            cause.update(reason="signal", signal=signal_name(-first["exitcode"]))
             if first["exitcode"] != -signal.SIGABRT:
                 cause["error"] = None
         else:

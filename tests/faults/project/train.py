@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-EVERY, PAUSE = 10, 0.05
+EVERY, PAUSE, KEEP = 10, 0.05, 3
 
 
 def load(folder):
@@ -36,22 +36,30 @@ def save(folder, step, state):
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / f"step-{step:07}.json")
-    for path in sorted(folder.glob("step-*.json"))[:-3]:
+    for path in sorted(folder.glob("step-*.json"))[:-KEEP]:
         path.unlink()
+
+
+def fail(_number, _frame):
+    raise ValueError("bad sample")
 
 
 @record
 def main():
     stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    signal.signal(signal.SIGUSR1, fail)
     folder = pathlib.Path(os.environ["TORCHRUN_CHECKPOINT_DIR"])
     target = pathlib.Path(sys.argv[1])
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = load(folder)
-    everyone = [None] * world
-    dist.all_gather_object(everyone, sorted(mine))
-    common = set(everyone[0]).intersection(*everyone[1:])
+    have = torch.zeros(KEEP, dtype=torch.int64)
+    newest = sorted(mine)[-KEEP:]
+    have[:len(newest)] = torch.tensor(newest, dtype=torch.int64)
+    everyone = [torch.zeros_like(have) for _rank in range(world)]
+    dist.all_gather(everyone, have)
+    common = set.intersection(*(set(steps.tolist()) for steps in everyone)) - {0}
     step = max(common) if common else 0
     state = mine.get(step, 0)
     print(f"resumes from step {step} world {world}", flush=True)
