@@ -34,7 +34,7 @@ def test_full_disk_ends_clearly_and_nothing_is_corrupted(training):
         for other in job.machines:
             state = job.state(other)
             assert state["result"] == "failed"
-            assert state["first_cause"]["host"] == "fault4"
+            assert state["first_cause"]["host"] == "fault4", state["first_cause"]
             assert "No space left on device" in state["first_cause"]["text"], state["first_cause"]
         assert not job.strays()
     finally:

@@ -132,7 +132,7 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
 class Limits:
     """Times in seconds, shared by both state machines."""
 
-    def __init__(self, max_restarts: int = 3, hang_timeout: float = 0.0, grace: float = 30.0, abort_grace: float = 3.0,
+    def __init__(self, max_restarts: int = 3, hang_timeout: float = 0.0, grace: float = 30.0, abort_grace: float = 2.0,
                  heartbeat: float = 1.0, lost_after: float = 5.0, start_timeout: float = 30.0) -> None:
         self.max_restarts, self.hang_timeout = max_restarts, hang_timeout
         self.grace, self.abort_grace = grace, abort_grace
@@ -874,7 +874,7 @@ class Torchrun:
         self.started = 0.0
         self.oom_before = 0
         self.failed_at: Optional[float] = None      # when it was seen to end its workers, or a start that failed
-        self.terminated = False                     # told to end by us
+        self.ended_at: Optional[float] = None       # when we told it to end
         self.stuck: list[str] = []                  # processes found stopped when the job hung
         self.start_error = ""
 
@@ -889,7 +889,7 @@ class Torchrun:
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             environment.pop(name, None)
         self.oom_before, self.started = self.tree.oom_kills(), time.time()
-        self.failed_at, self.terminated, self.stuck, self.start_error = None, False, [], ""
+        self.failed_at, self.ended_at, self.stuck, self.start_error = None, None, [], ""
         self.process, self.pumps = None, []
         try:
             self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, env=environment,
@@ -904,7 +904,7 @@ class Torchrun:
             self.pumps[-1].start()
 
     def _closing(self) -> None:
-        if not self.terminated:
+        if self.ended_at is None:
             self.failed_at = self.failed_at or time.time()
             self.on_closing()
 
@@ -919,9 +919,14 @@ class Torchrun:
                 state, name = process_state(pid)
                 if state in ("T", "t"):
                     self.stuck.append(f"process {pid} ({name}) is stopped (state {state})")
-        self.terminated = True
+        self.ended_at = self.ended_at or time.time()
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        self.ended_at = self.ended_at or time.time()
+        self.tree.kill()
 
     def spare(self) -> None:
         """SIGKILL to all but torchrun itself, which then writes its report."""
@@ -945,7 +950,9 @@ class Torchrun:
         code = self.exit_code() or 0
         tail = list(self.pumps[1].tail) if self.pumps else []
         path, report = self._error_report()
-        cause = cause_from(code, report, tail)
+        if self.ended_at and (mtime(path) or 0.0) > self.ended_at:
+            report = None               # written because we have ended it
+        cause = cause_from(0 if self.ended_at and code < 0 else code, report, tail)
         cause["time"] = min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp)
         if self.start_error:
             cause.update(error=self.start_error, own=True)
@@ -1058,7 +1065,7 @@ def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
                           and worker["exitcode"] not in (-signal.SIGTERM, -signal.SIGABRT)), first)
         cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True, exit_code=None, signal=None)
         if code < 0:
-            cause.update(reason="exit", error=None)     # torchrun itself was killed after it had said who failed
+            cause.update(reason="exit", error=None)     # torchrun itself was killed, but had said who failed
         if isinstance(message, str) and message:
             cause.update(reason="error", error=message)
         if first["exitcode"] < 0:
@@ -1100,7 +1107,7 @@ def describe(cause: JSON) -> str:
     elif cause.get("exit_code"):
         how = f"exit code {cause['exit_code']}"
     parts = [how if reason in ("exit", "signal", "error") else f"{reason} ({how})" if how else reason]
-    return ": ".join([who] + [part for part in parts + [cause.get("error")] if part])
+    return ": ".join([who] + [part for part in parts + [(cause.get("error") or "")[:300]] if part])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1438,7 +1445,7 @@ class Supervisor:
         elif kind == "spare":
             self.torchrun.spare()
         elif kind == "kill":
-            self.torchrun.tree.kill()
+            self.torchrun.kill()
         elif kind == "result":
             if action[1] == "done":
                 self.write_done()
@@ -1746,7 +1753,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
     parser.add_argument("--hang-timeout", type=float, default=0.0, help="seconds without output or checkpoint; 0: off")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds from SIGTERM to SIGKILL at a requested stop")
-    parser.add_argument("--abort-grace", type=float, default=3.0, help="the same when a generation is aborted")
+    parser.add_argument("--abort-grace", type=float, default=2.0, help="the same when a generation is aborted")
     parser.add_argument("--heartbeat", type=float, default=1.0, help="seconds between reports")
     parser.add_argument("--lost-after", type=float, default=5.0, help="seconds of silence after which a node is lost")
     parser.add_argument("--release", default="")
