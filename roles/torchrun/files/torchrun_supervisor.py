@@ -177,6 +177,7 @@ REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), 
           "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
           "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
           "checkpoint": (dict, type(None))}
+NEWS = [key for key in REPORT if key not in ("checkpoints", "lines", "checkpoint")]
 EXIT = {"generation": (int,), "code": (int,), "ordered": (bool,), "cause": (dict, type(None))}
 CAUSE = {"reason": (str,), "error": (str, type(None)), "time": (int, float, type(None))}
 
@@ -243,6 +244,7 @@ class Coordinator:
         if not seat.connected or session != seat.session:
             return
         check_report(report)
+        news = any(report[key] != seat.report.get(key) for key in NEWS)
         seat.heard, seat.report, seat.host = now, report, report["host"][:255]
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
@@ -252,7 +254,13 @@ class Coordinator:
         if report.get("stop") and self.phase in ("waiting", "running"):
             self.stopped_by = seat.name
         self._progress(seat, report, now)
-        self._step(now)
+        if news:                    # a mere heartbeat moves nothing; with hundreds of nodes that matters
+            self._step(now)
+
+    def admits(self, rank: int, host: Any) -> bool:
+        """Whether a host may speak for a rank: not while another host does, as after a spare has taken over."""
+        seat = self.seats[rank]
+        return not seat.connected or seat.host in (None, host)
 
     def leave(self, rank: int, session: int, why: str, now: float) -> None:
         """The connection of a node is gone."""
@@ -294,8 +302,8 @@ class Coordinator:
     def wake_at(self, now: float) -> float:
         """When tick has to be called next at the latest."""
         times = [now + 1.0]
-        if self.phase == "waiting" and self.not_before > now:
-            times.append(self.not_before)
+        if self.phase == "waiting" and not self.abort and self.not_before:
+            times.append(max(self.not_before, now))
         return min(times)
 
     def problems(self) -> list[tuple[str, str]]:
@@ -448,8 +456,8 @@ class Coordinator:
 
     def _first_cause(self, abort: JSON) -> JSON:
         """The earliest event that is not merely the echo of another node's."""
-        losses = sorted(abort["losses"], key=lambda loss: loss["at"])
-        failures = []
+        losses: list[JSON] = sorted(abort["losses"], key=lambda loss: loss["at"])
+        failures: list[JSON] = []
         for seat in self.seats:
             last = seat.report.get("exit") or {}
             if last.get("generation") == abort["generation"] and last.get("code") and last.get("cause"):
@@ -647,7 +655,7 @@ class Session:
     def feed(self, data: bytes) -> list[JSON]:
         """Take in received bytes; returns the messages that are complete and genuine."""
         self.incoming += data
-        messages = []
+        messages: list[JSON] = []
         while True:
             payload = self._frame()
             if payload is None:
@@ -880,9 +888,12 @@ class Torchrun:
 
     def start(self, command: list[str], generation: int) -> None:
         """Start a generation; a command that cannot be started counts as exit code 127."""
-        os.makedirs(self.error_dir, exist_ok=True)
-        for path in glob.glob(os.path.join(self.error_dir, "generation-*.json")):
-            os.unlink(path)
+        try:
+            os.makedirs(self.error_dir, exist_ok=True)
+            for path in glob.glob(os.path.join(self.error_dir, "generation-*.json")):
+                os.unlink(path)
+        except OSError:
+            pass            # a full disk costs the error's text, not the job
         self.error_file = os.path.join(self.error_dir, f"generation-{generation}.json")
         environment = dict(os.environ, TORCHELASTIC_ERROR_FILE=self.error_file, TORCHRUN_GENERATION=str(generation))
         environment[MARKER] = self.marker
@@ -1292,6 +1303,7 @@ class Supervisor:
     """The process: sockets, child, files; everything is decided by the two machines."""
 
     HANDSHAKE_TIME, STRANGERS = 3.0, 16
+    PACE = 0.1      # seconds at least between looks at what costs time for every node
 
     def __init__(self, options: argparse.Namespace, limits: Limits, secret: bytes) -> None:
         self.options, self.limits, self.secret = options, limits, secret
@@ -1340,6 +1352,9 @@ class Supervisor:
         self.since = time.time()
         self.code: Optional[int] = None
         self.quit_by = 0.0
+        self.refused = ""
+        self.next_tick = self.next_state = 0.0
+        self.state_due = False
 
     # -- from signals and threads
 
@@ -1373,7 +1388,6 @@ class Supervisor:
         if self.options.nnodes > 1 and self.coordinator:
             self.listen()
         if self.watch:
-            self.watch.look()
             self.watch.start()
         notify("READY=1")
         while True:
@@ -1388,7 +1402,9 @@ class Supervisor:
     def wake_at(self, now: float) -> float:
         times = [self.member.wake_at(now), self.next_report]
         if self.coordinator:
-            times.append(self.coordinator.wake_at(now))
+            times.append(max(self.coordinator.wake_at(now), self.next_tick))
+        if self.state_due:
+            times.append(self.next_state)
         if self.kill_at is not None:
             times.append(now + 0.05)
         return max(min(times), now + 0.01)
@@ -1399,7 +1415,8 @@ class Supervisor:
             self.event(*self.events.popleft(), now)
         self.reap(now)
         self.keep_links(now)
-        if self.coordinator:
+        if self.coordinator and now >= self.next_tick:
+            self.next_tick = now + self.PACE
             self.coordinator.tick(now)
         for _round in range(8):
             self.exchange_locally(now)
@@ -1409,8 +1426,13 @@ class Supervisor:
             if not actions:
                 break
         self.exchange(now)
-        self.write_state()
-        self.speak(now)
+        if now >= self.next_state or self.code is not None:
+            self.next_state = now + self.PACE
+            self.state_due = False
+            self.write_state()
+            self.speak(now)
+        else:
+            self.state_due = True
         if now >= self.next_report:
             self.next_report = now + self.limits.heartbeat
             if "WATCHDOG_USEC" in os.environ:
@@ -1599,6 +1621,8 @@ class Supervisor:
                 if not 0 < rank < self.options.nnodes:
                     raise ProtocolError(f"rank {rank} is not expected")
                 if not link.number:
+                    if not self.coordinator.admits(rank, message.get("host")):
+                        self.refuse(rank, str(message.get("host"))[:255])
                     self.numbers += 1
                     link.number = self.numbers
                     for other in list(self.links.values()):
@@ -1617,6 +1641,15 @@ class Supervisor:
                     offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
                     if trip >= 0 and (self.clock is None or trip <= self.clock[0] * 1.5 + 0.001):
                         self.clock = (trip, offset)
+
+    def refuse(self, rank: int, host: str) -> None:
+        """Two hosts for one rank: the one that came first stays."""
+        assert self.coordinator
+        text = f"{host} asks for node rank {rank}, which {self.coordinator.seats[rank].name} has: refused"
+        if text != self.refused:
+            self.refused = text
+            say(text)
+        raise ProtocolError(text)
 
     def flush(self, link: Link) -> None:
         """Send what is queued, as far as the socket takes it."""
@@ -1637,14 +1670,15 @@ class Supervisor:
             self.drop(link, str(error), time.monotonic())
 
     def send_order(self, link: Link, echo: Optional[float]) -> None:
-        """The order for a rank: the answer to each of its reports, and again whenever it changes."""
+        """The order for a rank: the answer to each of its reports, and again whenever it changes. Beside it the view."""
         assert self.coordinator
-        link.order, view = self.coordinator.order(), self.coordinator.view()
+        link.order = self.coordinator.order()
         message = dict(link.order)
         if echo is not None:
             message.update(echo=echo, now=time.time())
-        if view != link.view:
-            link.view = message["view"] = view
+        if self.view != link.view or message["order"] in FINAL:
+            self.view = self.coordinator.view()
+            link.view = message["view"] = self.view
         self.transmit(link, message)
 
     def report(self) -> JSON:
@@ -1658,14 +1692,13 @@ class Supervisor:
         if self.coordinator:
             self.coordinator.report(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
             self.member.receive(self.coordinator.order())
-            self.view = self.coordinator.view()
 
     def exchange(self, now: float) -> None:
         """Orders that have changed; reports that have changed or are due."""
         if self.coordinator:
-            order, view = self.coordinator.order(), self.coordinator.view()
+            order = self.coordinator.order()
             for link in list(self.links.values()):
-                if link.number and (link.order != order or link.view != view):
+                if link.number and link.order != order:
                     self.send_order(link, None)
             return
         report = self.report()
@@ -1678,11 +1711,16 @@ class Supervisor:
 
     def write_done(self) -> None:
         left = self.coordinator.unacknowledged() if self.coordinator else []
-        write_json(self.done_file, {"job": self.options.job, "release": self.options.release, "finished": time.time(),
-                                    "unacknowledged": left})
+        try:
+            write_json(self.done_file, {"job": self.options.job, "release": self.options.release, "finished": time.time(),
+                                        "unacknowledged": left})
+        except OSError as error:
+            say(f"cannot write {self.done_file}: {error.strerror}; the job would train again after a reboot")
 
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
+        if self.coordinator:
+            self.view = self.coordinator.view()
         view, member, options = dict(self.view), self.member, self.options
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}")
