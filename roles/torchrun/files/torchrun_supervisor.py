@@ -49,7 +49,6 @@ import argparse
 import collections
 import errno
 import glob
-import hashlib
 import hmac
 import json
 import os
@@ -712,8 +711,8 @@ class Session:
     def _handshake(self, message: JSON) -> None:
         if self.server and not self.peer_nonce:
             rank, nonce = message.get("rank"), message.get("nonce")
-            if message.get("protocol") != 1 or message.get("job") != self.job or type(rank) is not int \
-                    or not 0 <= rank < 1 << 20 or not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+            if message.get("protocol") != 1 or message.get("job") != self.job or not isinstance(rank, int) \
+                    or isinstance(rank, bool) or not 0 <= rank < 1 << 20 or not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
                 raise ProtocolError("not a member of this job")
             self.rank, self.peer_nonce = rank, nonce
             self._put({"nonce": self.nonce, "proof": self._derive("server").hex()})
