@@ -708,20 +708,24 @@ class Session:
         nonces = (self.peer_nonce, self.nonce) if self.server else (self.nonce, self.peer_nonce)
         return hmac.digest(self.secret, "\0".join([label, self.job, str(self.rank), *nonces]).encode(), "sha256")
 
+    @staticmethod
+    def _nonce(message: JSON) -> str:
+        nonce = message.get("nonce")
+        if not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+            raise ProtocolError("no nonce")
+        return nonce
+
     def _handshake(self, message: JSON) -> None:
         if self.server and not self.peer_nonce:
-            rank, nonce = message.get("rank"), message.get("nonce")
-            if message.get("protocol") != 1 or message.get("job") != self.job or not isinstance(rank, int) \
-                    or isinstance(rank, bool) or not 0 <= rank < 1 << 20 or not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+            rank = message.get("rank")
+            known = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 1 << 20
+            if not known or message.get("protocol") != 1 or message.get("job") != self.job:
                 raise ProtocolError("not a member of this job")
-            self.rank, self.peer_nonce = rank, nonce
+            self.rank, self.peer_nonce = rank, self._nonce(message)
             self._put({"nonce": self.nonce, "proof": self._derive("server").hex()})
             return
         if not self.server:
-            nonce = message.get("nonce")
-            if not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
-                raise ProtocolError("not a coordinator")
-            self.peer_nonce = nonce
+            self.peer_nonce = self._nonce(message)
         proof = str(message.get("proof")).encode("utf-8", "replace")
         if not hmac.compare_digest(proof, self._derive("client" if self.server else "server").hex().encode()):
             raise ProtocolError("wrong secret")
