@@ -433,6 +433,27 @@ def test_other_release_is_refused_with_its_name():
     assert all(node.alive is None for node in world.nodes)
 
 
+@pytest.mark.parametrize("after", [0.5, 20])
+def test_stop_without_rank_0_ends_this_node(after):
+    world = World(2)
+    world.run(2)
+    world.power_off(world.nodes[0])
+    world.run(after)
+    world.nodes[1].member.stop(world.now, False)
+    world.run(6)
+    assert world.nodes[1].code == 0 and world.nodes[1].alive is None
+
+
+def test_two_hosts_for_one_rank():
+    """A node whose rank a spare has taken over does not get it back by returning."""
+    world = World(2)
+    world.run(2)
+    assert world.coordinator.admits(1, "lab2") and not world.coordinator.admits(1, "lab9")
+    world.power_off(world.nodes[1])
+    world.run(8)
+    assert world.coordinator.admits(1, "lab9")
+
+
 def test_a_node_that_missed_the_end_is_told_later():
     world = World(3, train=4.0)
     world.run(2)

@@ -62,6 +62,12 @@ def test_an_exception_comes_before_workers_torchrun_killed():
     assert "mat1 and mat2" in cause["error"]
 
 
+def test_worker_that_failed_before_torchrun_was_told_to_end():
+    tail = [line for line in TWO_FAILURES if "rank2" not in line]
+    cause = supervisor.cause_from(-15, report("ValueError: bad"), tail)
+    assert supervisor.describe(dict(cause, host="lab2")) == "lab2, rank 2 (local rank 0): exit code 1: ValueError: bad"
+
+
 def test_error_json_is_believed_first():
     cause = supervisor.cause_from(1, report("OSError: [Errno 28] No space left on device"), [])
     assert (cause["reason"], cause["error"], cause["own"]) == ("error", "OSError: [Errno 28] No space left on device", True)

@@ -234,6 +234,25 @@ def test_silent_member_is_lost(gang):
     assert two.exits() == [0, 0]
 
 
+def test_second_host_for_a_rank_is_refused(gang):
+    two = gang(2)
+    two.running(1)
+    other = two.folder / "other"
+    other.mkdir()
+    intruder = subprocess.Popen(
+        [sys.executable, str(PATH), "--job", "j", "--host", "lab9", "--node-rank", "1", "--nnodes", "2", "--coordinator",
+         f"127.0.0.1:{two.port}", "--secret-file", str(two.folder / "secret"), "--state-dir", str(other), "--release", "r1",
+         "--", "true"], stdout=subprocess.DEVNULL)
+    try:
+        two.wait(lambda: "lab9 asks for node rank 1, which lab2 has: refused" in two.log(), 5, "the refusal")
+        time.sleep(1)
+        assert two.state()["generation"] == 1 and two.state()["state"] == "running"
+    finally:
+        intruder.terminate()
+        intruder.wait(10)
+    assert two.exits() == [0, 0]
+
+
 def memory(pid):
     """Resident bytes."""
     with open(f"/proc/{pid}/statm", encoding="ascii") as file:

@@ -49,7 +49,6 @@ import argparse
 import collections
 import errno
 import glob
-import hashlib
 import hmac
 import json
 import os
@@ -132,7 +131,7 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
 class Limits:
     """Times in seconds, shared by both state machines."""
 
-    def __init__(self, max_restarts: int = 3, hang_timeout: float = 0.0, grace: float = 30.0, abort_grace: float = 3.0,
+    def __init__(self, max_restarts: int = 3, hang_timeout: float = 0.0, grace: float = 30.0, abort_grace: float = 2.0,
                  heartbeat: float = 1.0, lost_after: float = 5.0, start_timeout: float = 30.0) -> None:
         self.max_restarts, self.hang_timeout = max_restarts, hang_timeout
         self.grace, self.abort_grace = grace, abort_grace
@@ -177,6 +176,7 @@ REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), 
           "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
           "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
           "checkpoint": (dict, type(None))}
+NEWS = [key for key in REPORT if key not in ("checkpoints", "lines", "checkpoint")]
 EXIT = {"generation": (int,), "code": (int,), "ordered": (bool,), "cause": (dict, type(None))}
 CAUSE = {"reason": (str,), "error": (str, type(None)), "time": (int, float, type(None))}
 
@@ -243,6 +243,7 @@ class Coordinator:
         if not seat.connected or session != seat.session:
             return
         check_report(report)
+        news = any(report[key] != seat.report.get(key) for key in NEWS)
         seat.heard, seat.report, seat.host = now, report, report["host"][:255]
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
@@ -252,7 +253,13 @@ class Coordinator:
         if report.get("stop") and self.phase in ("waiting", "running"):
             self.stopped_by = seat.name
         self._progress(seat, report, now)
-        self._step(now)
+        if news:                    # a mere heartbeat moves nothing; with hundreds of nodes that matters
+            self._step(now)
+
+    def admits(self, rank: int, host: Any) -> bool:
+        """Whether a host may speak for a rank: not while another host does, as after a spare has taken over."""
+        seat = self.seats[rank]
+        return not seat.connected or seat.host in (None, host)
 
     def leave(self, rank: int, session: int, why: str, now: float) -> None:
         """The connection of a node is gone."""
@@ -294,8 +301,8 @@ class Coordinator:
     def wake_at(self, now: float) -> float:
         """When tick has to be called next at the latest."""
         times = [now + 1.0]
-        if self.phase == "waiting" and self.not_before > now:
-            times.append(self.not_before)
+        if self.phase == "waiting" and not self.abort and self.not_before:
+            times.append(max(self.not_before, now))
         return min(times)
 
     def problems(self) -> list[tuple[str, str]]:
@@ -448,8 +455,8 @@ class Coordinator:
 
     def _first_cause(self, abort: JSON) -> JSON:
         """The earliest event that is not merely the echo of another node's."""
-        losses = sorted(abort["losses"], key=lambda loss: loss["at"])
-        failures = []
+        losses: list[JSON] = sorted(abort["losses"], key=lambda loss: loss["at"])
+        failures: list[JSON] = []
         for seat in self.seats:
             last = seat.report.get("exit") or {}
             if last.get("generation") == abort["generation"] and last.get("code") and last.get("cause"):
@@ -647,7 +654,7 @@ class Session:
     def feed(self, data: bytes) -> list[JSON]:
         """Take in received bytes; returns the messages that are complete and genuine."""
         self.incoming += data
-        messages = []
+        messages: list[JSON] = []
         while True:
             payload = self._frame()
             if payload is None:
@@ -701,20 +708,24 @@ class Session:
         nonces = (self.peer_nonce, self.nonce) if self.server else (self.nonce, self.peer_nonce)
         return hmac.digest(self.secret, "\0".join([label, self.job, str(self.rank), *nonces]).encode(), "sha256")
 
+    @staticmethod
+    def _nonce(message: JSON) -> str:
+        nonce = message.get("nonce")
+        if not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+            raise ProtocolError("no nonce")
+        return nonce
+
     def _handshake(self, message: JSON) -> None:
         if self.server and not self.peer_nonce:
-            rank, nonce = message.get("rank"), message.get("nonce")
-            if message.get("protocol") != 1 or message.get("job") != self.job or type(rank) is not int \
-                    or not 0 <= rank < 1 << 20 or not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
+            rank = message.get("rank")
+            known = isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < 1 << 20
+            if not known or message.get("protocol") != 1 or message.get("job") != self.job:
                 raise ProtocolError("not a member of this job")
-            self.rank, self.peer_nonce = rank, nonce
+            self.rank, self.peer_nonce = rank, self._nonce(message)
             self._put({"nonce": self.nonce, "proof": self._derive("server").hex()})
             return
         if not self.server:
-            nonce = message.get("nonce")
-            if not isinstance(nonce, str) or len(nonce) != 32 or not nonce.isascii():
-                raise ProtocolError("not a coordinator")
-            self.peer_nonce = nonce
+            self.peer_nonce = self._nonce(message)
         proof = str(message.get("proof")).encode("utf-8", "replace")
         if not hmac.compare_digest(proof, self._derive("client" if self.server else "server").hex().encode()):
             raise ProtocolError("wrong secret")
@@ -874,22 +885,25 @@ class Torchrun:
         self.started = 0.0
         self.oom_before = 0
         self.failed_at: Optional[float] = None      # when it was seen to end its workers, or a start that failed
-        self.terminated = False                     # told to end by us
+        self.ended_at: Optional[float] = None       # when we told it to end
         self.stuck: list[str] = []                  # processes found stopped when the job hung
         self.start_error = ""
 
     def start(self, command: list[str], generation: int) -> None:
         """Start a generation; a command that cannot be started counts as exit code 127."""
-        os.makedirs(self.error_dir, exist_ok=True)
-        for path in glob.glob(os.path.join(self.error_dir, "generation-*.json")):
-            os.unlink(path)
+        try:
+            os.makedirs(self.error_dir, exist_ok=True)
+            for path in glob.glob(os.path.join(self.error_dir, "generation-*.json")):
+                os.unlink(path)
+        except OSError:
+            pass            # a full disk costs the error's text, not the job
         self.error_file = os.path.join(self.error_dir, f"generation-{generation}.json")
         environment = dict(os.environ, TORCHELASTIC_ERROR_FILE=self.error_file, TORCHRUN_GENERATION=str(generation))
         environment[MARKER] = self.marker
         for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
             environment.pop(name, None)
         self.oom_before, self.started = self.tree.oom_kills(), time.time()
-        self.failed_at, self.terminated, self.stuck, self.start_error = None, False, [], ""
+        self.failed_at, self.ended_at, self.stuck, self.start_error = None, None, [], ""
         self.process, self.pumps = None, []
         try:
             self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, env=environment,
@@ -904,7 +918,7 @@ class Torchrun:
             self.pumps[-1].start()
 
     def _closing(self) -> None:
-        if not self.terminated:
+        if self.ended_at is None:
             self.failed_at = self.failed_at or time.time()
             self.on_closing()
 
@@ -919,9 +933,14 @@ class Torchrun:
                 state, name = process_state(pid)
                 if state in ("T", "t"):
                     self.stuck.append(f"process {pid} ({name}) is stopped (state {state})")
-        self.terminated = True
+        self.ended_at = self.ended_at or time.time()
         if self.process and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        self.ended_at = self.ended_at or time.time()
+        self.tree.kill()
 
     def spare(self) -> None:
         """SIGKILL to all but torchrun itself, which then writes its report."""
@@ -945,7 +964,9 @@ class Torchrun:
         code = self.exit_code() or 0
         tail = list(self.pumps[1].tail) if self.pumps else []
         path, report = self._error_report()
-        cause = cause_from(code, report, tail)
+        if self.ended_at and (mtime(path) or 0.0) > self.ended_at:
+            report = None               # written because we have ended it
+        cause = cause_from(0 if self.ended_at and code < 0 else code, report, tail)
         cause["time"] = min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp)
         if self.start_error:
             cause.update(error=self.start_error, own=True)
@@ -1056,9 +1077,13 @@ def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
             # Only an echo: a worker that was killed by a signal comes before it.
             first = next((worker for worker in workers if worker["exitcode"] < 0
                           and worker["exitcode"] not in (-signal.SIGTERM, -signal.SIGABRT)), first)
-        cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True)
+        cause.update(rank=first["rank"], local_rank=first["local_rank"], own=True, exit_code=None, signal=None)
+        if code < 0:
+            cause.update(reason="exit", error=None)     # torchrun itself was killed, but had said who failed
+        if isinstance(message, str) and message:
+            cause.update(reason="error", error=message)
         if first["exitcode"] < 0:
-            cause.update(reason="signal", signal=signal_name(-first["exitcode"]), exit_code=None)
+            cause.update(reason="signal", signal=signal_name(-first["exitcode"]))
             if first["exitcode"] != -signal.SIGABRT:
                 cause["error"] = None
         else:
@@ -1096,7 +1121,7 @@ def describe(cause: JSON) -> str:
     elif cause.get("exit_code"):
         how = f"exit code {cause['exit_code']}"
     parts = [how if reason in ("exit", "signal", "error") else f"{reason} ({how})" if how else reason]
-    return ": ".join([who] + [part for part in parts + [cause.get("error")] if part])
+    return ": ".join([who] + [part for part in parts + [(cause.get("error") or "")[:300]] if part])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1281,6 +1306,7 @@ class Supervisor:
     """The process: sockets, child, files; everything is decided by the two machines."""
 
     HANDSHAKE_TIME, STRANGERS = 3.0, 16
+    PACE = 0.1      # seconds at least between looks at what costs time for every node
 
     def __init__(self, options: argparse.Namespace, limits: Limits, secret: bytes) -> None:
         self.options, self.limits, self.secret = options, limits, secret
@@ -1329,6 +1355,9 @@ class Supervisor:
         self.since = time.time()
         self.code: Optional[int] = None
         self.quit_by = 0.0
+        self.refused = ""
+        self.next_tick = self.next_state = 0.0
+        self.state_due = False
 
     # -- from signals and threads
 
@@ -1362,7 +1391,6 @@ class Supervisor:
         if self.options.nnodes > 1 and self.coordinator:
             self.listen()
         if self.watch:
-            self.watch.look()
             self.watch.start()
         notify("READY=1")
         while True:
@@ -1377,7 +1405,9 @@ class Supervisor:
     def wake_at(self, now: float) -> float:
         times = [self.member.wake_at(now), self.next_report]
         if self.coordinator:
-            times.append(self.coordinator.wake_at(now))
+            times.append(max(self.coordinator.wake_at(now), self.next_tick))
+        if self.state_due:
+            times.append(self.next_state)
         if self.kill_at is not None:
             times.append(now + 0.05)
         return max(min(times), now + 0.01)
@@ -1388,7 +1418,8 @@ class Supervisor:
             self.event(*self.events.popleft(), now)
         self.reap(now)
         self.keep_links(now)
-        if self.coordinator:
+        if self.coordinator and now >= self.next_tick:
+            self.next_tick = now + self.PACE
             self.coordinator.tick(now)
         for _round in range(8):
             self.exchange_locally(now)
@@ -1398,8 +1429,13 @@ class Supervisor:
             if not actions:
                 break
         self.exchange(now)
-        self.write_state()
-        self.speak(now)
+        if now >= self.next_state or self.code is not None:
+            self.next_state = now + self.PACE
+            self.state_due = False
+            self.write_state()
+            self.speak(now)
+        else:
+            self.state_due = True
         if now >= self.next_report:
             self.next_report = now + self.limits.heartbeat
             if "WATCHDOG_USEC" in os.environ:
@@ -1434,7 +1470,7 @@ class Supervisor:
         elif kind == "spare":
             self.torchrun.spare()
         elif kind == "kill":
-            self.torchrun.tree.kill()
+            self.torchrun.kill()
         elif kind == "result":
             if action[1] == "done":
                 self.write_done()
@@ -1588,6 +1624,8 @@ class Supervisor:
                 if not 0 < rank < self.options.nnodes:
                     raise ProtocolError(f"rank {rank} is not expected")
                 if not link.number:
+                    if not self.coordinator.admits(rank, message.get("host")):
+                        self.refuse(rank, str(message.get("host"))[:255])
                     self.numbers += 1
                     link.number = self.numbers
                     for other in list(self.links.values()):
@@ -1606,6 +1644,15 @@ class Supervisor:
                     offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
                     if trip >= 0 and (self.clock is None or trip <= self.clock[0] * 1.5 + 0.001):
                         self.clock = (trip, offset)
+
+    def refuse(self, rank: int, host: str) -> None:
+        """Two hosts for one rank: the one that came first stays."""
+        assert self.coordinator
+        text = f"{host} asks for node rank {rank}, which {self.coordinator.seats[rank].name} has: refused"
+        if text != self.refused:
+            self.refused = text
+            say(text)
+        raise ProtocolError(text)
 
     def flush(self, link: Link) -> None:
         """Send what is queued, as far as the socket takes it."""
@@ -1626,14 +1673,15 @@ class Supervisor:
             self.drop(link, str(error), time.monotonic())
 
     def send_order(self, link: Link, echo: Optional[float]) -> None:
-        """The order for a rank: the answer to each of its reports, and again whenever it changes."""
+        """The order for a rank: the answer to each of its reports, and again whenever it changes. Beside it the view."""
         assert self.coordinator
-        link.order, view = self.coordinator.order(), self.coordinator.view()
+        link.order = self.coordinator.order()
         message = dict(link.order)
         if echo is not None:
             message.update(echo=echo, now=time.time())
-        if view != link.view:
-            link.view = message["view"] = view
+        if self.view != link.view or message["order"] in FINAL:
+            self.view = self.coordinator.view()
+            link.view = message["view"] = self.view
         self.transmit(link, message)
 
     def report(self) -> JSON:
@@ -1647,14 +1695,13 @@ class Supervisor:
         if self.coordinator:
             self.coordinator.report(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
             self.member.receive(self.coordinator.order())
-            self.view = self.coordinator.view()
 
     def exchange(self, now: float) -> None:
         """Orders that have changed; reports that have changed or are due."""
         if self.coordinator:
-            order, view = self.coordinator.order(), self.coordinator.view()
+            order = self.coordinator.order()
             for link in list(self.links.values()):
-                if link.number and (link.order != order or link.view != view):
+                if link.number and link.order != order:
                     self.send_order(link, None)
             return
         report = self.report()
@@ -1667,11 +1714,16 @@ class Supervisor:
 
     def write_done(self) -> None:
         left = self.coordinator.unacknowledged() if self.coordinator else []
-        write_json(self.done_file, {"job": self.options.job, "release": self.options.release, "finished": time.time(),
-                                    "unacknowledged": left})
+        try:
+            write_json(self.done_file, {"job": self.options.job, "release": self.options.release, "finished": time.time(),
+                                        "unacknowledged": left})
+        except OSError as error:
+            say(f"cannot write {self.done_file}: {error.strerror}; the job would train again after a reboot")
 
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
+        if self.coordinator:
+            self.view = self.coordinator.view()
         view, member, options = dict(self.view), self.member, self.options
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}")
@@ -1744,7 +1796,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-restarts", type=int, default=3, help="failures in a row without progress")
     parser.add_argument("--hang-timeout", type=float, default=0.0, help="seconds without output or checkpoint; 0: off")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds from SIGTERM to SIGKILL at a requested stop")
-    parser.add_argument("--abort-grace", type=float, default=3.0, help="the same when a generation is aborted")
+    parser.add_argument("--abort-grace", type=float, default=2.0, help="the same when a generation is aborted")
     parser.add_argument("--heartbeat", type=float, default=1.0, help="seconds between reports")
     parser.add_argument("--lost-after", type=float, default=5.0, help="seconds of silence after which a node is lost")
     parser.add_argument("--release", default="")

@@ -1,0 +1,76 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Every fault once, on four booted nodes, with real training. Run as root: pytest tests/faults"""
+from __future__ import annotations
+
+import time
+
+import faults
+import pytest
+
+CASES = [
+    (faults.worker_killed, 0), (faults.worker_killed, 2), (faults.torchrun_killed, 1), (faults.supervisor_killed, 0),
+    (faults.supervisor_killed, 3), (faults.worker_fails, 2), (faults.two_at_once, 1), (faults.port_taken, 2),
+    (faults.worker_hangs, 1), (faults.reboot, 1), (faults.reboot, 0), (faults.partition, 2), (faults.power_loss, 3),
+    (faults.power_loss, 0), (faults.power_loss_of_all, 0),
+]
+
+
+@pytest.mark.parametrize("fault, node", CASES, ids=[f"{fault.__name__}-{node + 1}" for fault, node in CASES])
+def test_recovers(training, measured, fault, node):
+    measured(faults.recovered(training, fault, node))
+
+
+def test_full_disk_ends_clearly_and_nothing_is_corrupted(training):
+    """A checkpoint disk without room: the job stops, names node and reason, and goes on once there is room."""
+    job, machine = training, training.machines[3]
+    folder = f"{job.root}/checkpoints"
+    last = job.steps(time.time() - 10)[-1][0]
+    machine.shell(f"mkdir /run/small && mount -t tmpfs -o size=256k tmpfs /run/small && cp -p {folder}/step-*.json /run/small/ "
+                  f"&& chown -R torchrun: /run/small && dd if=/dev/zero of=/run/small/filler bs=4k status=none; "
+                  f"mount --bind /run/small {folder}", check=False)
+    try:
+        job.wait(lambda: set(job.units()) == {"failed"}, 240, "the end of the job")
+        for other in job.machines:
+            state = job.state(other)
+            assert state["result"] == "failed"
+            assert state["first_cause"]["host"] == "fault4", state["first_cause"]
+            assert "No space left on device" in state["first_cause"]["text"], state["first_cause"]
+        assert not job.strays()
+    finally:
+        machine.shell(f"umount {folder}; umount /run/small; rmdir /run/small", check=False)
+    job.start_again()
+    _generation, step = job.trains(0)
+    assert job.resumed(step - 60) >= last - 20
+
+
+def test_stop_on_one_node_stops_all(training):
+    job = training
+    since = time.time()
+    job.machines[2].shell(f"systemctl stop {job.unit}")
+    job.wait(lambda: set(job.units()) == {"inactive"}, 30, "the stop everywhere")
+    for machine in job.machines:
+        text = job.journal(machine, since)
+        assert "stopped cleanly at step" in text and "stopped as requested on fault3" in text
+        assert job.state(machine)["result"] == "stopped"
+    stopped = job.stopped_at(since)
+    job.start_again()
+    _generation, step = job.trains(0)
+    assert job.resumed(step - 60) == stopped, "the checkpoint of the stop was not used"
+
+
+def test_finishes_with_every_step_done_once(training):
+    """The final state is known beforehand, so a step lost or done twice in any of the restarts shows."""
+    training.finish()
+
+
+def test_finished_job_stays_finished_over_a_reboot(job):
+    machine = job.machines[1]
+    leader = machine.leader()
+    machine.reboot()
+    machine.wait_reboot(leader)
+    job.hall.power_on()
+    time.sleep(3)
+    assert machine.shell(f"systemctl is-enabled {job.unit} || true").strip() == "enabled"
+    assert machine.shell(f"systemctl is-active {job.unit} || true").strip() == "inactive"
+    assert "finished already" in job.journal(machine, time.time() - 60)
