@@ -1,9 +1,11 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""GPUs, NVSwitches, network adapters and driver of a node, from sysfs and procfs; nvidia-smi only adds to it.
+"""What a node computes and communicates with: GPUs, NVSwitches, network adapters, driver.
 
-Everything is read below a root, so that a recorded tree can stand for a node. docs/nvidia.md lists the keys.
+Everything comes from sysfs and procfs, so that a bare node without a driver answers too. Where a driver runs,
+nvidia-smi adds what only the driver knows: memory and NVLinks. Nothing is written.
+Every function takes ``root``, the folder that stands for ``/``, so that recorded trees are fixtures.
 """
 
 from __future__ import annotations
@@ -11,377 +13,332 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shutil
 import subprocess
 import typing as t
-import xml.etree.ElementTree as ElementTree
 
-from ansible_collections.onprem.torch.plugins.module_utils import gpu_table, pci
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names
+from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
-# nvidia-smi takes seconds on a node with eight GPUs and no persistence daemon, and for ever on a sick one.
-SMI_SECONDS = 30.0
-MIB = 1024**2
-# PCI classes: 0x03.. display, 0x0680 other bridge (NVSwitch).
-CLASS_DISPLAY = 0x03
-CLASS_BRIDGE = 0x0680
-# Keys that change while the hardware stays the same.
-PASSING = frozenset({"pcie_speed_now", "pcie_width_now", "fabric", "state", "up", "usable", "nouveau", "driver", "smi_error"})
-
-
-def collect(root: str = "/") -> dict[str, t.Any]:
-    """Return the hardware of a node; empty lists and strings where it has none.
-
-    Args:
-        root: folder that holds sys, proc, dev, run and usr; for recordings also the files nvidia-smi-q.xml and
-            nvidia-smi-nvlink.txt, in place of asking nvidia-smi.
-    """
-    gpus = find_gpus(root)
-    driver = find_driver(root)
-    if gpus and (driver["loaded"] or root != "/"):
-        driver["smi_error"] = add_smi(gpus, root)
-    container = is_container(root)
-    mark_usable(gpus, root, container)
-    switches = find_nvswitches(root)
-    nics = find_nics(root, gpus)
-    for gpu in gpus:
-        del gpu["folder"]
-    return {
-        "gpus": gpus,
-        "usable_gpus": [gpu for gpu in gpus if gpu["usable"]],
-        "nvswitches": len(switches),
-        "nvswitch_generation": switches[0] if switches else "",
-        "nics": nics,
-        "driver": driver,
-        "container": container,
-        "secure_boot": secure_boot(root),
-        "iommu": iommu(root),
-    }
+NVIDIA = "0x10de"
+# PCI classes (PCI Code and ID Assignment, 1.14): a GPU is a display or 3D controller, an NVSwitch an "other bridge".
+GPU_CLASSES = ("0x0300", "0x0302")
+NVSWITCH_CLASS = "0x0680"
+# With NVLink 5 (HGX B200) the switches are reached through ConnectX adapters that say so in their vital product data.
+SWITCH_MANAGEMENT = b"SW_MNG"
+# Drivers of adapters that carry no cable of their own.
+VIRTUAL_DRIVERS = frozenset({"virtio_net", "veth", "vmxnet3", "xen_netfront", "hv_netvsc", "tun"})
+NVIDIA_SMI_SECONDS = 20
+Run = t.Callable[[t.Sequence[str]], str]
 
 
-def identity(hardware: t.Mapping[str, t.Any]) -> t.Any:
-    """Return the hardware without what passes (link speeds of the moment, states, driver), for fingerprints."""
-
-    def strip(value: t.Any) -> t.Any:
-        if isinstance(value, dict):
-            return {key: strip(entry) for key, entry in value.items() if key not in PASSING}
-        return [strip(entry) for entry in value] if isinstance(value, list) else value
-
-    kept = {key: hardware.get(key) for key in ("gpus", "nvswitches", "nics")}
-    # Virtual interfaces come and go with containers.
-    kept["nics"] = [nic for nic in kept["nics"] or [] if not nic["virtual"]]
-    return {**strip(kept), "usable": len(hardware.get("usable_gpus") or [])}
+def nvidia_smi(words: t.Sequence[str]) -> str:
+    """Return what nvidia-smi prints, an empty text where it is missing, fails or hangs."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ""
+    try:
+        answer = subprocess.run([program, *words], capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
 
 
-def is_container(root: str) -> bool:
-    """Return whether this is a container, whose /sys shows the host's devices."""
-    return any(os.path.exists(os.path.join(root, path)) for path in ("run/systemd/container", ".dockerenv", "run/.containerenv"))
-
-
-def find_gpus(root: str) -> list[dict[str, t.Any]]:
-    """Return the NVIDIA GPUs in the order of their PCI addresses, which is nvidia-smi's."""
+def pci_devices(root: str = "/") -> list[dict[str, str]]:
+    """Return address, vendor, device, class and sysfs folder of every PCI device, by address."""
     found = []
-    for address in pci.devices(root):
-        path = pci.folder(root, address)
-        kind = pci.number(os.path.join(path, "class"), 16) or 0
-        if pci.number(os.path.join(path, "vendor"), 16) != gpu_table.NVIDIA or kind >> 16 != CLASS_DISPLAY:
-            continue
-        device = pci.number(os.path.join(path, "device"), 16) or 0
-        model = gpu_table.lookup(device)
-        slot = pci.link(path)
-        information = gpu_information(root, address)
-        found.append(
-            {
-                "index": len(found),
-                "pci": address,
-                "vendor_id": f"{gpu_table.NVIDIA:04x}",
-                "device_id": f"{device:04x}",
-                "name": information.get("Model") or model.name,
-                "form": model.form,
-                "generation": model.generation,
-                "capability": model.capability,
-                "architecture": f"sm_{model.capability}" if model.capability else "",
-                "memory_bytes": None,
-                "uuid": uuid_of(information),
-                "minor": int(information["Device Minor"]) if information.get("Device Minor", "").isdigit() else None,
-                "nvlinks": None,
-                "nvlink_gbytes_per_second": None,
-                "pcie_speed": slot["speed"],
-                "pcie_width": slot["width"],
-                "pcie_speed_now": slot["speed_now"],
-                "pcie_width_now": slot["width_now"],
-                "numa_node": pci.numa_node(path),
-                "driver": pci.driver(path),
-                "mig": None,
-                "fabric": "",
-                "usable": False,
-                "folder": path,
-            }
-        )
+    for folder in sorted(glob.glob(os.path.join(root, "sys/bus/pci/devices/*"))):
+        entry = {key: read_text(os.path.join(folder, key)).strip() for key in ("vendor", "device", "class")}
+        found.append({**entry, "pci": os.path.basename(folder), "folder": folder})
     return found
 
 
-def uuid_of(information: t.Mapping[str, str]) -> str:
-    """Return the UUID that the driver tells; it tells question marks until the GPU is used for the first time."""
-    found = information.get("GPU UUID", "")
-    return "" if "?" in found else found
+def number(text: str) -> int | None:
+    """Return the number that a text begins with, None where it does not or where it is negative (the kernel's unknown)."""
+    match = re.match(r"\s*(\d+)", text)
+    return int(match.group(1)) if match else None
 
 
-def gpu_information(root: str, address: str) -> dict[str, str]:
-    """Return what the loaded driver tells of a GPU in procfs, such as Model and Device Minor."""
-    lines = pci.read(os.path.join(root, "proc/driver/nvidia/gpus", address, "information")).splitlines()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
+def pcie_link(folder: str) -> dict[str, t.Any]:
+    """Return lanes in use and GT/s of a lane that both ends can do; an idle link runs slower, which is no fault.
 
-
-def mark_usable(gpus: t.Sequence[dict[str, t.Any]], root: str, container: bool) -> None:
-    """Say of each GPU whether programs on this node can use it.
-
-    A container has those whose device file it was given, though /sys shows all of the host's. Elsewhere the device
-    files appear with the first use of the driver, so that a node with none of them has all of its GPUs.
+    None stands for unknown, as behind a hypervisor.
     """
-    files = {name for name in pci.listing(os.path.join(root, "dev")) if re.match(r"^nvidia\d+$", name)}
-    for gpu in gpus:
-        minor = gpu["minor"] if gpu["minor"] is not None else gpu["index"]
-        gpu["usable"] = f"nvidia{minor}" in files if files or container else True
-
-
-def find_nvswitches(root: str) -> list[str]:
-    """Return the generation of each NVSwitch on the PCI bus."""
-    found = []
-    for address in pci.devices(root):
-        path = pci.folder(root, address)
-        if pci.number(os.path.join(path, "vendor"), 16) != gpu_table.NVIDIA:
-            continue
-        kind = (pci.number(os.path.join(path, "class"), 16) or 0) >> 8
-        device = pci.number(os.path.join(path, "device"), 16) or 0
-        if device in gpu_table.NVSWITCHES:
-            found.append(gpu_table.NVSWITCHES[device])
-        elif kind == CLASS_BRIDGE:
-            found.append("")
-    return found
-
-
-def find_driver(root: str) -> dict[str, t.Any]:
-    """Return which driver is loaded and which is installed."""
-    loaded = pci.read(os.path.join(root, "sys/module/nvidia/version"))
-    text = pci.read(os.path.join(root, "proc/driver/nvidia/version"))
-    libraries = [
-        found.group(1)
-        for path in glob.glob(os.path.join(root, "usr/lib/*/libcuda.so.*")) + glob.glob(os.path.join(root, "usr/lib64/libcuda.so.*"))
-        for found in [re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)$", path)]
-        if found
-    ]
-    library = max(libraries, key=version_key) if libraries else ""
-    module = module_version(root)
-    installed = module or library
+    width = number(read_text(os.path.join(folder, "current_link_width")))
+    speeds = []
+    for end in (folder, os.path.dirname(os.path.realpath(folder))):
+        match = re.match(r"([\d.]+) GT/s", read_text(os.path.join(end, "max_link_speed")))
+        if match:
+            speeds.append(float(match.group(1)))
     return {
-        "version": loaded or installed,
-        "loaded": loaded,
-        "installed": installed,
-        "library": library,
-        "open": ("Open Kernel Module" in text) if text else None,
-        "mismatch": bool(loaded and library and loaded != library),
-        "reboot_pending": bool(loaded and module and loaded != module),
-        "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
-        "peermem": os.path.isdir(os.path.join(root, "sys/module/nvidia_peermem")),
-        "smi_error": "",
+        "pcie_width": width or None,
+        "pcie_speed_gts": min(speeds) if speeds else None,
+        "numa": number(read_text(os.path.join(folder, "numa_node"))),
     }
 
 
-def module_version(root: str) -> str:
-    """Return the version of the kernel module on disk for the running kernel; empty where there is none."""
-    if root != "/":
-        return pci.read(os.path.join(root, "modinfo-nvidia-version"))
-    return command_output(["modinfo", "--field", "version", "nvidia"], 10.0)[0].strip()
+def information(root: str, pci: str) -> dict[str, str]:
+    """Return what the driver says of a GPU in /proc/driver/nvidia/gpus; empty without a driver."""
+    text = read_text(os.path.join(root, "proc/driver/nvidia/gpus", pci, "information"))
+    return {key.strip(): value.strip() for key, _colon, value in (line.partition(":") for line in text.splitlines())}
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    """Return a version such as 580.95.05 as numbers that sort."""
-    return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def command_output(words: t.Sequence[str], seconds: float) -> tuple[str, str]:
-    """Return what a command prints and, where it failed, why."""
-    environment = {**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
-    try:
-        done = subprocess.run(
-            list(words),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=seconds,
-            check=False,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"{words[0]} did not answer within {seconds:.0f} s"
-    except OSError:
-        return "", f"{words[0]} is not installed"
-    text = done.stdout.decode("utf-8", "replace")
-    if done.returncode != 0:
-        why = (done.stderr.decode("utf-8", "replace").strip() or text.strip()).splitlines()
-        return "", f"{words[0]} failed: {why[0] if why else 'no message'}"
-    return text, ""
-
-
-def add_smi(gpus: t.Sequence[dict[str, t.Any]], root: str) -> str:
-    """Add what only the driver knows: memory, UUID, NVLinks, fabric. Return why it could not be asked."""
-    if root == "/":
-        text, error = command_output(["nvidia-smi", "-q", "-x"], SMI_SECONDS)
-        links = "" if error else command_output(["nvidia-smi", "nvlink", "--status"], SMI_SECONDS)[0]
-    else:
-        text, error = pci.read(os.path.join(root, "nvidia-smi-q.xml")), ""
-        links = pci.read(os.path.join(root, "nvidia-smi-nvlink.txt"))
-    if error or not text:
-        return error
-    try:
-        known = parse_smi(text)
-    except ElementTree.ParseError as problem:
-        return f"nvidia-smi -q -x printed no XML: {problem}"
-    speeds = parse_nvlink(links)
-    for gpu in gpus:
-        told = known.get(gpu["pci"])
-        if not told:
-            continue
-        for key, value in told.items():
-            if value not in (None, ""):
-                gpu[key] = value
-        each = speeds.get(gpu["uuid"])
-        if links or told:
-            gpu["nvlinks"] = len(each or [])
-            gpu["nvlink_gbytes_per_second"] = min(each) if each else None
-    return ""
-
-
-def parse_smi(text: str) -> dict[str, dict[str, t.Any]]:
-    """Return by PCI address what ``nvidia-smi -q -x`` tells.
-
-    Raises:
-        xml.etree.ElementTree.ParseError: it is no XML.
-    """
+def parse_query(text: str) -> dict[str, dict[str, t.Any]]:
+    """Return memory and compute capability by PCI address from ``nvidia-smi --query-gpu`` (see QUERY)."""
     found = {}
-    for node in ElementTree.fromstring(text).iter("gpu"):
-
-        def word(path: str, node: ElementTree.Element = node) -> str:
-            value = (node.findtext(path) or "").strip()
-            return "" if value in ("N/A", "[N/A]") else value
-
-        # nvidia-smi writes 00000000:19:00.0, sysfs 0000:19:00.0.
-        domain, _colon, rest = (node.get("id") or "").lower().partition(":")
-        memory = re.match(r"(\d+) MiB", word("fb_memory_usage/total"))
-        minor = word("minor_number")
-        found[f"{domain[-4:]}:{rest}"] = {
-            "name": word("product_name"),
-            "uuid": word("uuid"),
-            "memory_bytes": int(memory.group(1)) * MIB if memory else None,
-            "minor": int(minor) if minor.isdigit() else None,
-            "mig": {"Enabled": True, "Disabled": False}.get(word("mig_mode/current_mig")),
-            "fabric": " ".join(filter(None, (word("fabric/state"), word("fabric/status")))),
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) != 4:
+            continue
+        memory = number(words[2])
+        found[short_address(words[0])] = {
+            "name": words[1],
+            "memory_bytes": memory * 1024**2 if memory else None,
+            "architecture": "sm_" + words[3].replace(".", "") if re.fullmatch(r"\d+\.\d", words[3]) else "",
         }
     return found
 
 
-def parse_nvlink(text: str) -> dict[str, list[float]]:
-    """Return by GPU UUID the GB/s of each NVLink that is up, from ``nvidia-smi nvlink --status``."""
-    found: dict[str, list[float]] = {}
+QUERY = ("--query-gpu=pci.bus_id,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+
+
+def short_address(address: str) -> str:
+    """Return a PCI address as sysfs writes it; nvidia-smi's domain has eight digits."""
+    domain, _colon, rest = address.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
+
+
+def parse_nvlinks(text: str) -> dict[str, int]:
+    """Return the active NVLinks by the GPU's UUID from ``nvidia-smi nvlink --status``."""
+    found: dict[str, int] = {}
     uuid = ""
     for line in text.splitlines():
-        heading = re.search(r"UUID:\s*(GPU-[0-9a-f-]+)", line)
-        if heading:
-            uuid = heading.group(1)
-            found[uuid] = []
-            continue
-        speed = re.match(r"\s*Link \d+:\s*([0-9.]+) GB/s", line)
-        if speed and uuid:
-            found[uuid].append(float(speed.group(1)))
+        match = re.search(r"\(UUID: (GPU-[0-9a-f-]+)\)", line)
+        if match:
+            uuid = match.group(1)
+            found[uuid] = 0
+        elif uuid and re.search(r"Link \d+: [\d.]+ GB/s", line):
+            found[uuid] += 1
     return found
 
 
-def find_nics(root: str, gpus: t.Sequence[t.Mapping[str, t.Any]]) -> list[dict[str, t.Any]]:
-    """Return the network interfaces and the InfiniBand devices without one."""
-    rdma = rdma_devices(root)
+def gpus(root: str, devices: t.Sequence[t.Mapping[str, str]], run: Run) -> list[dict[str, t.Any]]:
+    """Return all GPUs of the machine, by PCI address, as documented in docs/nvidia.md."""
     found = []
-    for name in pci.listing(os.path.join(root, "sys/class/net")):
-        base = os.path.join(root, "sys/class/net", name)
-        if name == "lo" or not os.path.isdir(base):
+    for entry in devices:
+        if entry["vendor"] != NVIDIA or entry["class"][:6] not in GPU_CLASSES:
             continue
-        path = os.path.realpath(os.path.join(base, "device")) if os.path.exists(os.path.join(base, "device")) else ""
-        speed = pci.number(os.path.join(base, "speed"))
-        mine = [entry for entry in rdma if path and entry["folder"] == path]
-        found.append(nic(name, path, gpus, mine, speed if speed and speed > 0 else None, pci.read(os.path.join(base, "operstate"))))
-    taken = {device["name"] for entry in found for device in entry["rdma"]}
-    for entry in rdma:
-        if entry["name"] not in taken:
-            found.append(nic("", entry["folder"], gpus, [entry], None, ""))
-    return found
-
-
-def nic(
-    name: str,
-    path: str,
-    gpus: t.Sequence[t.Mapping[str, t.Any]],
-    rdma: t.Sequence[t.Mapping[str, t.Any]],
-    speed: t.Optional[int],
-    state: str,
-) -> dict[str, t.Any]:
-    """Return one adapter; ``path`` is its device's folder, empty for a virtual interface."""
-    address = os.path.basename(path)
-    on_bus = bool(pci.ADDRESS.match(address))
-    slot = pci.link(path) if on_bus else {"speed": 0.0, "width": 0}
-    devices = [{key: value for key, value in entry.items() if key != "folder"} for entry in rdma]
-    speeds = [entry["mbits"] for entry in devices if entry["mbits"]]
-    return {
-        "interface": name,
-        "mbits": speed or (max(speeds) if speeds else None),
-        "driver": pci.driver(path) if path else "",
-        # A virtio port of a virtual machine has a device, but no speed that means anything.
-        "virtual": not path,
-        "pci": address if on_bus else "",
-        "numa_node": pci.numa_node(path) if path else None,
-        "pcie_speed": slot["speed"],
-        "pcie_width": slot["width"],
-        "up": state == "up" or any("ACTIVE" in entry["state"] for entry in devices),
-        "rdma": devices,
-        "distance": {gpu["pci"]: pci.distance(path, gpu["folder"]) for gpu in gpus} if on_bus else {},
-    }
-
-
-def rdma_devices(root: str) -> list[dict[str, t.Any]]:
-    """Return the InfiniBand and RoCE devices with the state of their first port."""
-    found = []
-    for name in pci.listing(os.path.join(root, "sys/class/infiniband")):
-        base = os.path.join(root, "sys/class/infiniband", name)
-        ports = pci.listing(os.path.join(base, "ports"))
-        port = os.path.join(base, "ports", ports[0]) if ports else ""
-        rate = re.match(r"([0-9.]+) Gb/sec", pci.read(os.path.join(port, "rate"))) if port else None
+        told = information(root, entry["pci"])
+        product = gpu_names.lookup(int(entry["device"], 16))
         found.append(
             {
-                "name": name,
-                "link_layer": pci.read(os.path.join(port, "link_layer")) if port else "",
-                "state": pci.read(os.path.join(port, "state")) if port else "",
-                "mbits": int(float(rate.group(1)) * 1000) if rate else None,
-                "folder": os.path.realpath(os.path.join(base, "device")),
+                "pci": entry["pci"],
+                "vendor": entry["vendor"],
+                "device": entry["device"],
+                "name": told.get("Model") or product.name,
+                "generation": product.generation,
+                "architecture": product.architecture,
+                "uuid": told.get("GPU UUID", "") if "?" not in told.get("GPU UUID", "") else "",
+                "minor": number(told.get("Device Minor", "")),
+                "nvlinks": None,
+                "memory_bytes": None,
+                **pcie_link(entry["folder"]),
+            }
+        )
+    if not any(gpu["minor"] is not None for gpu in found):
+        return found
+    asked = parse_query(run(QUERY))
+    links = parse_nvlinks(run(("nvlink", "--status"))) if asked else {}
+    for gpu in found:
+        answer = asked.get(gpu["pci"])
+        if answer:
+            gpu.update({key: value for key, value in answer.items() if value})
+            gpu["nvlinks"] = links.get(gpu["uuid"], 0)
+    return found
+
+
+def usable(root: str, found: t.Sequence[dict[str, t.Any]]) -> list[dict[str, t.Any]]:
+    """Return the GPUs that a job here may use, in the order of CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+    With a driver these are the ones whose device file is here: a container sees all GPUs in sysfs, but has the files of
+    some. Without a driver a machine will have all of them, and a container none.
+    """
+    if any(gpu["minor"] is not None for gpu in found):
+        return [gpu for gpu in found if gpu["minor"] is not None and os.path.exists(os.path.join(root, f"dev/nvidia{gpu['minor']}"))]
+    return [] if in_container(root) else list(found)
+
+
+def in_container(root: str) -> bool:
+    """Return whether the node is a container, which sees all of its host's PCI devices and owns some or none."""
+    return any(os.path.exists(os.path.join(root, path)) for path in ("run/systemd/container", "run/host/container-manager"))
+
+
+def rdma_devices(root: str) -> dict[str, list[dict[str, t.Any]]]:
+    """Return the RDMA devices by the PCI address of their adapter."""
+    found: dict[str, list[dict[str, t.Any]]] = {}
+    for folder in sorted(glob.glob(os.path.join(root, "sys/class/infiniband/*"))):
+        port = next(iter(sorted(glob.glob(os.path.join(folder, "ports/*")))), "")
+        rate = number(read_text(os.path.join(port, "rate"))) if port else None
+        found.setdefault(pci_of(os.path.join(folder, "device")), []).append(
+            {
+                "device": os.path.basename(folder),
+                "link_layer": read_text(os.path.join(port, "link_layer")).strip() if port else "",
+                "mbits": rate * 1000 if rate else None,
             }
         )
     return found
 
 
-def secure_boot(root: str) -> t.Optional[bool]:
-    """Return whether Secure Boot is on; None where the machine does not tell (no EFI)."""
-    for path in glob.glob(os.path.join(root, "sys/firmware/efi/efivars/SecureBoot-*")):
-        try:
-            with open(path, "rb") as stream:
-                value = stream.read()
-        except OSError:
-            return None
-        return value[-1:] == b"\x01"
-    return None
-
-
-def iommu(root: str) -> str:
-    """Return how the kernel was told to use the IOMMU: off, pt (pass-through), on, or empty where it has none."""
-    words = pci.read(os.path.join(root, "proc/cmdline")).split()
-    if any(word in ("iommu=off", "intel_iommu=off", "amd_iommu=off") for word in words):
-        return "off"
-    if not pci.listing(os.path.join(root, "sys/class/iommu")):
+def pci_of(link: str) -> str:
+    """Return the PCI address of the adapter that a sysfs link leads to, an empty text where it leads to none."""
+    if not os.path.exists(link):
         return ""
-    return "pt" if "iommu=pt" in words else "on"
+    return next(iter(re.findall(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", os.path.realpath(link))[::-1]), "")
+
+
+def link_speed(folder: str) -> int | None:
+    """Return Mbit/s of an interface; None where the kernel does not know, as with virtual or unplugged ones."""
+    return number(read_text(os.path.join(folder, "speed"))) or None
+
+
+def nics(root: str, cards: t.Sequence[t.Mapping[str, t.Any]]) -> list[dict[str, t.Any]]:
+    """Return the network adapters, with the way from each to each GPU."""
+    rdma = rdma_devices(root)
+    container = in_container(root)
+    found = []
+    for folder in sorted(glob.glob(os.path.join(root, "sys/class/net/*"))):
+        name = os.path.basename(folder)
+        device = os.path.join(folder, "device")
+        made_up = not os.path.exists(device) and not os.path.isdir(os.path.join(folder, "bonding"))
+        # Bridges, tunnels and the like carry nothing of their own; a container has no others.
+        if name == "lo" or not os.path.isdir(folder) or (made_up and not container):
+            continue
+        bound = os.path.join(device, "driver")
+        driver = os.path.basename(os.path.realpath(bound)) if os.path.exists(bound) else ""
+        pci = pci_of(device)
+        mine = rdma.pop(pci, []) if pci else []
+        virtual = not pci or driver in VIRTUAL_DRIVERS
+        found.append(adapter(root, name, pci, driver, virtual, link_speed(folder), mine, cards))
+    for pci, mine in sorted(rdma.items()):
+        if pci:
+            found.append(adapter(root, "", pci, "", False, None, mine, cards))
+    return found
+
+
+def adapter(
+    root: str,
+    name: str,
+    pci: str,
+    driver: str,
+    virtual: bool,
+    speed: int | None,
+    rdma: list[dict[str, t.Any]],
+    cards: t.Sequence[t.Mapping[str, t.Any]],
+) -> dict[str, t.Any]:
+    """Return one network adapter."""
+    folder = os.path.join(root, "sys/bus/pci/devices", pci)
+    link = pcie_link(folder) if pci else {"pcie_width": None, "pcie_speed_gts": None, "numa": None}
+    return {
+        "interface": name,
+        "speed_mbits": speed or next((entry["mbits"] for entry in rdma if entry["mbits"]), None),
+        "driver": driver,
+        "virtual": virtual,
+        "pci": pci,
+        **link,
+        "rdma": rdma,
+        "gpu_distance": {card["pci"]: distance(root, pci, card["pci"]) for card in cards} if pci and not virtual else {},
+    }
+
+
+def distance(root: str, one: str, other: str) -> str:
+    """Return the way between two PCI devices in the words of ``nvidia-smi topo``.
+
+    PIX: at most one bridge; PXB: several bridges of one root port; PHB: through the CPU's host bridge; NODE: several host
+    bridges of one NUMA node; SYS: between NUMA nodes.
+    """
+    folders = [os.path.join(root, "sys/bus/pci/devices", pci) for pci in (one, other)]
+    ways = [re.findall(r"pci[0-9a-f]{4}:[0-9a-f]{2}|[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]", os.path.realpath(folder)) for folder in folders]
+    common = 0
+    for left, right in zip(*ways):
+        if left != right:
+            break
+        common += 1
+    if common == 0:
+        nodes = [read_text(os.path.join(folder, "numa_node")).strip() for folder in folders]
+        return "NODE" if nodes[0] == nodes[1] and nodes[0] not in ("", "-1") else "SYS"
+    if common == 1:
+        return "PHB"
+    # A switch is an upstream port with downstream ports; devices below one switch share its upstream port.
+    return "PIX" if max(len(way) - common for way in ways) <= 2 else "PXB"
+
+
+def driver(root: str = "/") -> dict[str, t.Any]:
+    """Return the NVIDIA driver's state.
+
+    ``version`` is the loaded kernel module's, else that of the libraries; ``mismatch`` says that they differ, which is
+    what an upgrade without a reboot leaves behind ("Driver/library version mismatch").
+    """
+    text = read_text(os.path.join(root, "proc/driver/nvidia/version"))
+    match = re.search(r"\s(\d{3,}\.\d+(?:\.\d+)?)\s", text)
+    loaded = match.group(1) if match else read_text(os.path.join(root, "sys/module/nvidia/version")).strip()
+    libraries = []
+    for pattern in ("usr/lib/*-linux-gnu", "usr/lib64", "usr/lib/*-linux-gnu/nvidia/current"):
+        for path in glob.glob(os.path.join(root, pattern, "libnvidia-ml.so.*.*")):
+            libraries.append(os.path.basename(path)[len("libnvidia-ml.so.") :])
+    installed = max(libraries, key=version_key, default="")
+    return {
+        "version": loaded or installed,
+        "loaded": loaded,
+        "installed": installed,
+        "open": "Open Kernel Module" in text if text else None,
+        "mismatch": bool(loaded and installed and loaded != installed),
+        "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
+        "peermem": os.path.isdir(os.path.join(root, "sys/module/nvidia_peermem")),
+    }
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Return a version's numbers, for comparing."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def fabric(root: str, devices: t.Sequence[t.Mapping[str, str]]) -> dict[str, t.Any]:
+    """Return whether the GPUs are joined by NVSwitches, and the fabric manager that they need."""
+    switches = [entry for entry in devices if entry["vendor"] == NVIDIA and entry["class"][:6] == NVSWITCH_CLASS]
+    bridges = 0
+    for folder in glob.glob(os.path.join(root, "sys/class/infiniband/*")):
+        try:
+            with open(os.path.join(folder, "device/vpd"), "rb") as stream:
+                bridges += SWITCH_MANAGEMENT in stream.read()
+        except OSError:
+            pass
+    cgroups = ("sys/fs/cgroup/system.slice", "sys/fs/cgroup/systemd/system.slice", "sys/fs/cgroup/unified/system.slice")
+    unit = "nvidia-fabricmanager.service/cgroup.procs"
+    return {
+        "nvswitches": len(switches),
+        "nvlink_bridges": bridges,
+        "required": bool(switches or bridges),
+        "manager_installed": os.path.exists(os.path.join(root, "usr/bin/nv-fabricmanager")),
+        "manager_running": any(read_text(os.path.join(root, path, unit)).strip() for path in cgroups),
+    }
+
+
+def collect(root: str = "/", run: Run | None = None) -> dict[str, t.Any]:
+    """Return the hardware of a node.
+
+    Args:
+        root: folder that stands for ``/``.
+        run: calls nvidia-smi with arguments; default: the real one for ``/``, none for another root.
+    """
+    ask = run or (nvidia_smi if root == "/" else lambda _words: "")
+    devices = pci_devices(root)
+    cards = gpus(root, devices, ask)
+    joined = fabric(root, devices)
+    return {
+        "gpus": cards,
+        "usable_gpus": usable(root, cards),
+        "nvswitches": joined["nvswitches"],
+        "nics": nics(root, cards),
+        "driver": driver(root),
+        "fabric": joined,
+    }
