@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import gpu_names
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, host_settings
 from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
 NVIDIA = "0x10de"
@@ -341,4 +341,5 @@ def collect(root: str = "/", run: Run | None = None) -> dict[str, t.Any]:
         "nics": nics(root, cards),
         "driver": driver(root),
         "fabric": joined,
+        "settings": host_settings.collect(root),
     }

@@ -56,6 +56,17 @@ def generations_of(hardware: t.Mapping[str, t.Any]) -> list[str]:
     return sorted({str(gpu.get("generation") or "").lower() for gpu in gpus_of(hardware)} - {""})
 
 
+def capability_of(gpu: t.Mapping[str, t.Any]) -> int:
+    """Return the compute capability of a GPU times ten (90 of sm_90); 0 where unknown."""
+    numbers = version_key(str(gpu.get("architecture") or ""))
+    return numbers[0] if numbers else 0
+
+
+def in_container(hardware: t.Mapping[str, t.Any]) -> bool:
+    """Return whether the node is a container, whose driver is its host's."""
+    return bool((hardware.get("settings") or {}).get("container"))
+
+
 def branch_of(version: str) -> int:
     """Return the branch of a driver version: 580 of 580.159.03; 0 where it has none."""
     numbers = version_key(version)
@@ -71,13 +82,13 @@ def fits(line: str, manifest: t.Mapping[str, t.Any], hardware: t.Mapping[str, t.
     """Return whether a line can serve a node as it is: its GPUs, torch version and, where it is not ours, its driver."""
     entry = manifest["lines"][line]
     low, high = entry["capabilities"]
-    if any(gpu.get("capability") and not low <= gpu["capability"] <= high for gpu in gpus_of(hardware)):
+    if any(level and not low <= level <= high for level in map(capability_of, gpus_of(hardware))):
         return False
     torch = str(variables.get("pytorch_version") or "")
     if torch and any(torch in other["torch"] for other in manifest["lines"].values()) and torch not in entry["torch"]:
         return False
     driver = (hardware.get("driver") or {}).get("version") or ""
-    fixed = not variables.get("nvidia_driver_manage", True) or hardware.get("container")
+    fixed = not variables.get("nvidia_driver_manage", True) or in_container(hardware)
     return not fixed or not driver or at_least(driver, entry["driver_minimum"])
 
 
@@ -125,7 +136,7 @@ def gpu_problems(host: str, line: str, entry: t.Mapping[str, t.Any], hardware: t
     low, high = entry["capabilities"]
     found = []
     for gpu in gpus_of(hardware):
-        level = gpu.get("capability") or 0
+        level = capability_of(gpu)
         if not level or low <= level <= high:
             continue
         others = [name for name, other in manifest["lines"].items() if other["capabilities"][0] <= level <= other["capabilities"][1]]
@@ -202,17 +213,13 @@ def driver_problems(
 
 
 def needs_fabric_manager(hardware: t.Mapping[str, t.Any]) -> bool:
-    """Return whether the GPUs are joined by NVSwitches that this node has to manage.
+    """Return whether the GPUs are joined by NVSwitches that this node has to manage."""
+    return bool((hardware.get("fabric") or {}).get("required")) and not in_container(hardware)
 
-    Up to Hopper the switches show on the PCI bus. Those of B200 and B300 baseboards do not, but such GPUs come on no
-    other baseboard; GB200 and GB300 have their switches in trays that the node does not manage.
-    """
-    if hardware.get("container"):
-        return False
-    if hardware.get("nvswitches"):
-        return True
-    boards = [gpu for gpu in hardware.get("gpus") or [] if gpu.get("form") == "sxm" and (gpu.get("capability") or 0) in (100, 103)]
-    return len(boards) >= 2
+
+def nvlink5(hardware: t.Mapping[str, t.Any]) -> bool:
+    """Return whether the NVSwitches are those of NVLink 5, which show as bridges on InfiniBand adapters only."""
+    return bool((hardware.get("fabric") or {}).get("nvlink_bridges"))
 
 
 def fabric_packages(version: str, hardware: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> list[dict[str, str]]:
@@ -220,7 +227,7 @@ def fabric_packages(version: str, hardware: t.Mapping[str, t.Any], manifest: t.M
     branch = branch_of(version)
     name = next(entry["package"] for entry in manifest["fabric_manager"] if entry["branches"][0] <= branch <= entry["branches"][1])
     packages = [{"name": name.format(branch=branch), "version": pattern(version)}]
-    if not hardware.get("nvswitches"):
+    if nvlink5(hardware):
         # They have versions of their own, whatever the repository offers with this driver.
         packages += [{"name": extra, "version": ""} for extra in manifest["fabric_nvlink5"]]
     return packages
@@ -274,17 +281,17 @@ def advice_for(hardware: t.Mapping[str, t.Any]) -> list[str]:
     """Return what the node's owner should know; nothing of it is changed."""
     found = []
     driver = hardware.get("driver") or {}
-    if hardware.get("secure_boot"):
-        found.append("Secure Boot is on: the modules that DKMS builds load only after their key was enrolled (mokutil --import).")
-    if hardware.get("iommu") == "on" and len(hardware.get("gpus") or []) > 1:
-        found.append("the IOMMU translates all traffic: GPUs reach each other faster with the kernel parameter iommu=pt.")
+    settings = hardware.get("settings") or {}
+    if not hardware.get("gpus"):
+        return found
+    if settings.get("secure_boot"):
+        found.append("Secure Boot is on: the modules that DKMS builds load only after their key was enrolled (mokutil --import)")
+    if settings.get("iommu") == "on":
+        found.append("the IOMMU translates traffic between GPUs and adapters: the kernel parameter iommu=pt avoids it")
+    if settings.get("governor") not in (None, "", "performance"):
+        found.append(f"the CPU governor is {settings['governor']}: performance shortens the launch of collectives")
     if driver.get("mismatch"):
-        found.append(f"the driver library is {driver['library']}, but {driver['loaded']} is loaded: reboot the node.")
-    if driver.get("smi_error"):
-        found.append(f"{driver['smi_error']}.")
-    for gpu in hardware.get("usable_gpus") or []:
-        if gpu.get("mig"):
-            found.append(f"GPU {gpu['index']} is split with MIG, over which NCCL cannot use NVLink: nvidia-smi -i {gpu['index']} -mig 0 ends it.")
+        found.append(f"the driver {driver['loaded']} is loaded, but {driver['installed']} is installed: reboot the node")
     return found
 
 
@@ -344,7 +351,7 @@ def nvidia_decision(
     if variables.get("nccl_package"):
         version = str(variables.get("nccl_package_version") or entry["nccl"]["package_version"])
         decision["nccl"]["packages"] = [{"name": name, "version": version} for name in ("libnccl2", "libnccl-dev")]
-    wanted = [*decision["driver"]["packages"], *decision["toolkit"]["packages"], *decision["nccl"]["packages"]]
+    wanted = decision["driver"]["action"] == "install" or decision["toolkit"]["packages"] or decision["nccl"]["packages"]
     if wanted and not decision["repository"]:
         known = ", ".join(manifest["distributions"])
         text = f"{distribution.get('name') or distribution.get('id') or 'its distribution'} on {node.get('architecture')} has no repository in the manifest (known: {known})"
@@ -371,11 +378,11 @@ def decide_driver(
         "replaces": "",
         "nouveau": False,
     }
-    foreign = not variables.get("nvidia_driver_manage", True) or bool(hardware.get("container"))
+    foreign = not variables.get("nvidia_driver_manage", True) or bool(in_container(hardware))
     if foreign:
         if have:
             return result, driver_problems(host, have, "nvidia_driver_manage", line, entry, hardware, manifest)
-        if hardware.get("container"):
+        if in_container(hardware):
             text, cure = "it is a container with GPUs but without a driver", "give the container the host's driver (NVIDIA Container Toolkit)"
         else:
             text, cure = "it has no NVIDIA driver and nvidia_driver_manage is false", "install a driver or set nvidia_driver_manage: true"
@@ -401,7 +408,7 @@ def decide_driver(
         result["patterns"] = [{"packages": list(DRIVER_PATTERNS), "version": pattern(version)}]
     result["replaces"] = "" if keep or reached else have
     result["nouveau"] = not keep and bool(present.get("nouveau"))
-    load = ["nvidia", "nvidia-uvm", *(["nvidia-peermem"] if wants_peermem(hardware, variables) else []), *(["ib_umad"] if fabric and not hardware.get("nvswitches") else [])]
+    load = ["nvidia", "nvidia-uvm", *(["nvidia-peermem"] if wants_peermem(hardware, variables) else []), *(["ib_umad"] if fabric and nvlink5(hardware) else [])]
     if not keep:
         result["files"].append({"path": NOUVEAU_FILE, "content": "blacklist nouveau\noptions nouveau modeset=0\n", "apply": ["update-initramfs", "-u"]})
     result["files"].append({"path": MODULES_FILE, "content": "\n".join(load) + "\n", "apply": []})
