@@ -15,36 +15,48 @@ description:
   - Repairs what an interrupted dpkg left behind before it does anything else.
   - One call does all of it, and with nothing to do asks only dpkg and systemd.
 options:
-  name:
-    description: Name of the set, which names its pins. Sets beside each other keep their own pins and holds.
-    type: str
-    required: true
-  repository:
-    description: C(name), C(url), C(suite), C(key) (URL or path on the node) and C(fingerprint) of its only key. Empty for none.
+  settings:
+    description: What the node is brought to, as the plan decides it.
     type: dict
-    default: {}
-  packages:
-    description: Packages, each with C(name) and C(version), a pattern such as C(580.159.03-*). An empty version allows any.
-    type: list
-    elements: dict
-    default: []
-  patterns:
-    description: What else belongs to the set, each with C(packages) (patterns of names) and C(version). It is pinned and held too.
-    type: list
-    elements: dict
-    default: []
-  files:
-    description: Files, each with C(path), C(content) and C(apply), a command that runs after a change where it is installed.
-    type: list
-    elements: dict
-    default: []
-  services:
-    description: Services that are enabled, and started where the driver is loaded.
-    type: list
-    elements: str
-    default: []
-  load_modules:
-    description: Whether to load the driver where none is loaded, which can spare the reboot.
+    required: true
+    suboptions:
+      name:
+        description: Name of the set, which names its pins. Sets beside each other keep their own pins and holds.
+        type: str
+        required: true
+      repository:
+        description: C(url), C(suite) (default C(/)), C(key_url) (URL, or path on the node) and C(key_fingerprint) of its only key. Empty for none.
+        type: dict
+        default: {}
+      packages:
+        description: Packages, each with C(name) and C(version), a pattern such as C(580.159.03-*). An empty version allows any.
+        type: list
+        elements: dict
+        default: []
+      pins:
+        description: What else belongs to the set, each with C(packages) (patterns of names) and C(version). It is pinned and held too.
+        type: list
+        elements: dict
+        default: []
+      files:
+        description: Content of files by their path.
+        type: dict
+        default: {}
+      services:
+        description: Services that are enabled, and started where the kernel module is loaded.
+        type: list
+        elements: str
+        default: []
+      kernel_module:
+        description: Kernel module that the packages bring. It is loaded where none of its name is, which can spare the reboot.
+        type: str
+        default: ""
+      kernel_module_version:
+        description: Version that it has to have, or its first numbers.
+        type: str
+        default: ""
+  loaded:
+    description: Whether to fail where the kernel module is not loaded in its version, as after a reboot.
     type: bool
     default: false
   lock_timeout:
@@ -65,16 +77,15 @@ attributes:
 EXAMPLES = r"""
 - name: Keep NCCL at one version
   onprem.torch.nvidia_packages:
-    name: nccl
-    repository:
-      name: onprem-torch-nvidia
-      url: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/
-      suite: /
-      key: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/3bf863cc.pub
-      fingerprint: EB693B3035CD5710E231E123A4B469963BF863CC
-    packages:
-      - name: libnccl2
-        version: 2.28.9-1+cuda13.0
+    settings:
+      name: nccl
+      repository:
+        url: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/
+        key_url: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/3bf863cc.pub
+        key_fingerprint: EB693B3035CD5710E231E123A4B469963BF863CC
+      packages:
+        - name: libnccl2
+          version: 2.28.9-1+cuda13.0
 """
 
 RETURN = r"""
@@ -96,7 +107,7 @@ healed:
   description: Whether an interrupted installation was completed first.
   returned: success
   type: bool
-reboot:
+reboot_reason:
   description: Why the node has to be rebooted; empty where it has not.
   returned: success
   type: str
@@ -118,7 +129,12 @@ from ansible_collections.onprem.torch.plugins.module_utils import apt, openpgp
 KEYRINGS = "/etc/apt/keyrings"
 SOURCES = "/etc/apt/sources.list.d"
 PREFERENCES = "/etc/apt/preferences.d"
-LOADED = "/sys/module/nvidia/version"
+REPOSITORY = "onprem-torch-nvidia"
+# What makes a changed file count, by its folder.
+APPLY = {
+    "/etc/modprobe.d": ["update-initramfs", "-u"],
+    "/etc/systemd/logind.conf.d": ["systemctl", "try-reload-or-restart", "systemd-logind.service"],
+}
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
     "NEEDRESTART_SUSPEND": "1",
@@ -133,8 +149,10 @@ class Set:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.params = module.params
-        self.repository = self.params["repository"]
-        self.packages = self.params["packages"]
+        self.settings: dict[str, t.Any] = module.params["settings"]
+        self.repository: dict[str, str] = self.settings["repository"]
+        self.packages: list[dict[str, str]] = self.settings["packages"]
+        self.kernel_module = self.settings["kernel_module"]
         self.changed = False
         self.before: list[str] = []
         self.after: list[str] = []
@@ -224,17 +242,26 @@ class Set:
             self.write(path, content)
         return True
 
+    def apply(self, path: str) -> None:
+        """Make a changed file count, where the program that does so is installed."""
+        words = APPLY.get(os.path.dirname(path))
+        if not words or not self.module.get_bin_path(words[0], opt_dirs=["/usr/sbin", "/sbin"]):
+            return
+        status, out, err = self.run(*words)
+        if status != 0:
+            self.fail(f"{' '.join(words)} failed after {path} changed: {(err or out).strip()[-300:]}")
+
     def keyring_path(self) -> str:
         """Return the path of the repository's keyring."""
-        return f"{KEYRINGS}/{self.repository['name']}.gpg"
+        return f"{KEYRINGS}/{REPOSITORY}.gpg"
 
     def sources_path(self) -> str:
         """Return the path of the repository's source."""
-        return f"{SOURCES}/{self.repository['name']}.sources"
+        return f"{SOURCES}/{REPOSITORY}.sources"
 
     def key_is_right(self, data: bytes) -> str:
         """Return why a key is not the expected one; an empty text where it is."""
-        wanted = re.sub(r"\s", "", self.repository.get("fingerprint") or "").upper()
+        wanted = re.sub(r"\s", "", self.repository.get("key_fingerprint") or "").upper()
         try:
             found = openpgp.fingerprints(data)
         except openpgp.NoKeyError as error:
@@ -243,11 +270,11 @@ class Set:
 
     def fetch_key(self) -> bytes:
         """Return the repository's key from its URL or path."""
-        place = self.repository["key"]
+        place = self.repository["key_url"]
         if place.startswith("/"):
             data = self.read(place)
             if data is None:
-                self.fail(f"the repository's key {place} is not on the node; correct cuda_repository_key")
+                self.fail(f"the repository's key {place} is not on the node; correct cuda_repository_key_url")
         else:
             answer, info = fetch_url(self.module, place, timeout=30)
             if info["status"] != 200:
@@ -258,7 +285,7 @@ class Set:
             data = answer.read()
         wrong = self.key_is_right(data or b"")
         if wrong:
-            self.fail(f"the repository's key {place} {wrong}; nothing was changed: correct cuda_repository_fingerprint only after checking who changed the key")
+            self.fail(f"the repository's key {place} {wrong}; nothing was changed: correct cuda_repository_key_fingerprint only after checking who changed the key")
         return openpgp.dearmor(data or b"")
 
     def provide_repository(self) -> dict[str, t.Optional[bytes]]:
@@ -294,7 +321,7 @@ class Set:
             self.write(path, content)
         lock = apt.install_error(text) if "Could not get lock" in text else ""
         why = lock or apt.update_error(text, url)
-        self.fail(f"{why}; check cuda_repository_url, cuda_repository_key and the node's network. Nothing was installed.")
+        self.fail(f"{why}; check cuda_repository_url, cuda_repository_key_url and the node's network. Nothing was installed.")
 
     # -- packages ---------------------------------------------------------------------------------------------------
 
@@ -311,7 +338,7 @@ class Set:
     def mine(self, known: t.Mapping[str, apt.Installed]) -> list[str]:
         """Return the installed packages that the set holds."""
         own = [package["name"] for package in self.packages if package["version"] and package["name"] in known]
-        return sorted({*own, *apt.covered(known, self.params["patterns"])})
+        return sorted({*own, *apt.covered(known, self.settings["pins"])})
 
     def foreign_holds(self, known: t.Mapping[str, apt.Installed], wrong: t.Sequence[t.Mapping[str, str]], first: bool) -> None:
         """Fail where somebody else holds a package at another version."""
@@ -377,7 +404,7 @@ class Set:
 
     def serve(self) -> list[str]:
         """Enable the services and start them where the driver is loaded; return those that do not exist."""
-        names = self.params["services"]
+        names = self.settings["services"]
         if not names:
             return []
         shown = self.run("systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *names)[1]
@@ -389,7 +416,7 @@ class Set:
                 missing.append(name)
                 continue
             enable = unit.get("UnitFileState") == "disabled"
-            start = os.path.exists(LOADED) and unit.get("ActiveState") not in ("active", "activating")
+            start = bool(self.loaded()) and unit.get("ActiveState") not in ("active", "activating")
             for wanted, word in ((enable, "enable"), (start, "start")):
                 if not wanted:
                     continue
@@ -401,26 +428,36 @@ class Set:
                     self.fail(f"{name} does not {word}: {(err or out).strip()}; see journalctl -u {name} on the node")
         return missing
 
+    def loaded(self) -> str:
+        """Return the version of the loaded kernel module; empty where none is loaded."""
+        name = self.kernel_module or "nvidia"
+        return (self.read(f"/sys/module/{name}/version") or b"").decode().strip()
+
     def load(self) -> str:
-        """Load the driver where none is loaded; return why the node has to be rebooted."""
-        if not self.params["load_modules"]:
+        """Load the kernel module where none is loaded; return why the node has to be rebooted."""
+        if not self.kernel_module:
             return ""
-        on_disk = self.run("modinfo", "--field", "version", "nvidia")[1].strip()
-        loaded = (self.read(LOADED) or b"").decode().strip()
-        if loaded and on_disk and loaded != on_disk:
-            return f"the driver {loaded} is loaded, but {on_disk} is installed"
+        wanted = self.settings["kernel_module_version"]
+        loaded = self.loaded()
+        if loaded and (loaded == wanted or loaded.startswith(f"{wanted}.") or not wanted):
+            return ""
+        if loaded:
+            return f"{self.kernel_module} {loaded} is loaded, but {wanted} is installed"
         if os.path.isdir("/sys/module/nouveau"):
             return "nouveau holds the GPUs"
-        if loaded or not on_disk:
-            return "" if loaded else "the driver's module is not built for the running kernel"
         if self.module.check_mode:
             return ""
-        status, out, err = self.run("modprobe", "nvidia")
+        status, out, err = self.run("modprobe", self.kernel_module)
         if status != 0:
-            return f"the driver cannot be loaded ({(err or out).strip()})"
-        self.note("", "load nvidia")
-        self.run("modprobe", "nvidia-uvm")
+            words = " ".join((err or out).split()) or "modprobe gave no reason"
+            return f"{self.kernel_module} cannot be loaded ({words})"
+        self.note("", f"load {self.kernel_module}")
         return ""
+
+    def check_loaded(self, reason: str) -> None:
+        """Fail where the kernel module is still not the wanted one."""
+        if self.params["loaded"] and reason:
+            self.fail(f"after the reboot {reason}; look at dkms status and journalctl -k on the node (Secure Boot refuses modules whose key is not enrolled)")
 
     def bring(self) -> dict[str, t.Any]:
         """Bring the node to the wanted state and return what the module answers."""
@@ -428,13 +465,13 @@ class Set:
         if self.packages and self.heal(known) and not self.module.check_mode:
             known = self.installed()
         wrong = self.wrong(known)
-        first = not os.path.exists(f"{PREFERENCES}/onprem-torch-{self.params['name']}.pref")
+        first = not os.path.exists(f"{PREFERENCES}/onprem-torch-{self.settings['name']}.pref")
         self.foreign_holds(known, wrong, first)
         undo = self.provide_repository()
         pins = [(package["name"], package["version"]) for package in self.packages if package["version"]]
-        pins += [(" ".join(rule["packages"]), rule["version"]) for rule in self.params["patterns"]]
+        pins += [(" ".join(rule["packages"]), rule["version"]) for rule in self.settings["pins"]]
         if pins:
-            path = f"{PREFERENCES}/onprem-torch-{self.params['name']}.pref"
+            path = f"{PREFERENCES}/onprem-torch-{self.settings['name']}.pref"
             old = self.read(path)
             if self.place(path, apt.preferences(pins).encode()):
                 undo[path] = old
@@ -448,13 +485,11 @@ class Set:
             if still:
                 self.fail(f"apt reported success, but {', '.join(still)} is not installed; look at apt-cache policy on the node")
         self.hold(known)
-        for file in self.params["files"]:
-            if self.place(file["path"], file["content"].encode()) and file.get("apply") and not self.module.check_mode:
-                if self.module.get_bin_path(file["apply"][0], opt_dirs=["/usr/sbin", "/sbin"]):
-                    status, out, err = self.run(*file["apply"])
-                    if status != 0:
-                        self.fail(f"{' '.join(file['apply'])} failed after {file['path']} changed: {(err or out).strip()[-300:]}")
+        for path, content in self.settings["files"].items():
+            if self.place(path, content.encode()) and not self.module.check_mode:
+                self.apply(path)
         reboot = self.load()
+        self.check_loaded(reboot)
         missing = self.serve()
         after = self.installed() if self.packages and self.changed and not self.module.check_mode else known
         return {
@@ -463,7 +498,7 @@ class Set:
             "held": [name for name in self.mine(after) if after[name].held],
             "removed": self.removed,
             "healed": self.healed,
-            "reboot": reboot,
+            "reboot_reason": reboot,
             "missing_services": missing,
             "diff": {"before": "\n".join(self.before) + "\n", "after": "\n".join(self.after) + "\n"} if self.changed else {"before": "", "after": ""},
         }
@@ -472,13 +507,21 @@ class Set:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "name": {"type": "str", "required": True},
-            "repository": {"type": "dict", "default": {}},
-            "packages": {"type": "list", "elements": "dict", "default": []},
-            "patterns": {"type": "list", "elements": "dict", "default": []},
-            "files": {"type": "list", "elements": "dict", "default": []},
-            "services": {"type": "list", "elements": "str", "default": []},
-            "load_modules": {"type": "bool", "default": False},
+            "settings": {
+                "type": "dict",
+                "required": True,
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "repository": {"type": "dict", "default": {}},
+                    "packages": {"type": "list", "elements": "dict", "default": []},
+                    "pins": {"type": "list", "elements": "dict", "default": []},
+                    "files": {"type": "dict", "default": {}},
+                    "services": {"type": "list", "elements": "str", "default": []},
+                    "kernel_module": {"type": "str", "default": ""},
+                    "kernel_module_version": {"type": "str", "default": ""},
+                },
+            },
+            "loaded": {"type": "bool", "default": False},
             "lock_timeout": {"type": "int", "default": 300},
         },
         supports_check_mode=True,
