@@ -1,0 +1,175 @@
+"""A signed apt repository like NVIDIA's: flat, with packages of the real names, versions and dependencies, but empty."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import http.server
+import shutil
+import subprocess
+import threading
+import typing as t
+from pathlib import Path
+
+SERVICE = "[Unit]\nDescription={name}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
+# A post-installation script that takes as long as a DKMS build where the test asks for it.
+POSTINST = "#!/bin/sh\nset -e\nwhile [ -e /run/slow-build ]; do sleep 0.1; done\n"
+
+
+class Package(t.NamedTuple):
+    """A package to build."""
+
+    name: str
+    version: str
+    depends: str = ""
+    service: str = ""
+    slow: bool = False
+    conflicts: str = ""
+
+
+def driver(version: str) -> list[Package]:
+    """Return the packages of a driver as NVIDIA's repository for Debian has them; all depend on their own version."""
+    same = f"(= {version})"
+    return [
+        Package("libcuda1", version, f"libnvidia-ptxjitcompiler1 {same}"),
+        Package("libnvidia-ptxjitcompiler1", version),
+        Package("libnvidia-ml1", version),
+        Package("nvidia-smi", version, f"libnvidia-ml1 {same}"),
+        Package("nvidia-modprobe", version),
+        Package("firmware-nvidia-gsp", version),
+        Package("nvidia-kernel-open-dkms", version, f"firmware-nvidia-gsp {same}", slow=True, conflicts="nvidia-kernel-dkms"),
+        Package("nvidia-kernel-dkms", version, f"firmware-nvidia-gsp {same}", slow=True, conflicts="nvidia-kernel-open-dkms"),
+        Package("nvidia-persistenced", version, "", "nvidia-persistenced.service"),
+        Package(
+            "nvidia-driver-cuda",
+            version,
+            f"libcuda1 {same}, nvidia-smi {same}, nvidia-modprobe {same}, nvidia-kernel-open-dkms {same} | nvidia-kernel-dkms {same}",
+        ),
+        Package("nvidia-fabricmanager", version, "", "nvidia-fabricmanager.service"),
+    ]
+
+
+def nccl(version: str) -> list[Package]:
+    """Return NCCL's packages."""
+    return [Package("libnccl2", version), Package("libnccl-dev", version, f"libnccl2 (= {version})")]
+
+
+def toolkit(line: str, version: str) -> list[Package]:
+    """Return the CUDA toolkit's package, with one part of it."""
+    dashed = line.replace(".", "-")
+    return [Package(f"cuda-toolkit-{dashed}", version, f"cuda-nvcc-{dashed}"), Package(f"cuda-nvcc-{dashed}", version)]
+
+
+def build(package: Package, folder: Path) -> Path:
+    """Build a package and return its file."""
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    (tree / "DEBIAN").mkdir(parents=True)
+    lines = [
+        f"Package: {package.name}",
+        f"Version: {package.version}",
+        "Architecture: all",
+        "Maintainer: Test <test@example.org>",
+        "Description: empty stand-in with the real name, version and dependencies",
+        *([f"Depends: {package.depends}"] if package.depends else []),
+        *([f"Conflicts: {package.conflicts}"] if package.conflicts else []),
+    ]
+    (tree / "DEBIAN" / "control").write_text("\n".join(lines) + "\n")
+    if package.slow:
+        (tree / "DEBIAN" / "postinst").write_text(POSTINST)
+        (tree / "DEBIAN" / "postinst").chmod(0o755)
+    if package.service:
+        unit = tree / "usr/lib/systemd/system" / package.service
+        unit.parent.mkdir(parents=True)
+        unit.write_text(SERVICE.format(name=package.name))
+    note = tree / "usr/share/doc" / package.name / "version"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{package.version}\n")
+    target = folder / f"{package.name}_{package.version}_all.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(target)], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+    return target
+
+
+class Key:
+    """A throwaway key that signs."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(mode=0o700, parents=True)
+        self.home = home
+        self.gpg("--passphrase", "", "--quick-generate-key", "Throwaway <test@example.org>", "rsa3072", "sign", "never")
+        listing = self.gpg("--with-colons", "--list-keys").decode()
+        self.fingerprint = next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr:"))
+
+    def gpg(self, *words: str) -> bytes:
+        """Run gpg with this key's folder."""
+        return subprocess.run(["gpg", "--homedir", str(self.home), "--batch", "--quiet", "--yes", *words], check=True, stdout=subprocess.PIPE).stdout
+
+    def public(self) -> bytes:
+        """Return the public key, armored."""
+        return self.gpg("--armor", "--export", self.fingerprint)
+
+    def close(self) -> None:
+        """End gpg's agent."""
+        subprocess.run(["gpgconf", "--homedir", str(self.home), "--kill", "all"], check=False)
+
+
+class Repository:
+    """A folder that is a flat apt repository."""
+
+    def __init__(self, folder: Path, key: Key) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.key = key
+        self.sign_with(key)
+
+    def sign_with(self, key: Key) -> None:
+        """Let a key sign from now on; the public key on offer stays."""
+        self.key = key
+        offered = self.folder / "key.pub"
+        if not offered.exists():
+            offered.write_bytes(key.public())
+
+    def offer(self, packages: t.Iterable[Package]) -> None:
+        """Offer exactly these packages."""
+        entries = []
+        for old in self.folder.glob("*.deb"):
+            if old.name not in {f"{package.name}_{package.version}_all.deb" for package in packages}:
+                old.unlink()
+        for package in packages:
+            path = self.folder / f"{package.name}_{package.version}_all.deb"
+            if not path.exists():
+                build(package, self.folder)
+            data = path.read_bytes()
+            control = subprocess.run(["dpkg-deb", "--field", str(path)], check=True, stdout=subprocess.PIPE, text=True).stdout
+            entries.append(f"{control}Filename: ./{path.name}\nSize: {len(data)}\nSHA256: {hashlib.sha256(data).hexdigest()}\n")
+        self.publish("\n".join(entries))
+
+    def publish(self, index: str) -> None:
+        """Write and sign the index."""
+        plain = index.encode()
+        (self.folder / "Packages").write_bytes(plain)
+        (self.folder / "Packages.gz").write_bytes(gzip.compress(plain, mtime=0))
+        sums = []
+        for name in ("Packages", "Packages.gz"):
+            data = (self.folder / name).read_bytes()
+            sums.append(f" {hashlib.sha256(data).hexdigest()} {len(data)} {name}")
+        date = subprocess.run(["date", "-Ru"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip().replace("+0000", "UTC")
+        text = "\n".join(["Origin: Test", "Label: Test", "Architectures: amd64 all", f"Date: {date}", "SHA256:", *sums]) + "\n"
+        (self.folder / "Release").write_text(text)
+        self.key.gpg("--local-user", self.key.fingerprint, "--clearsign", "--output", str(self.folder / "InRelease"), str(self.folder / "Release"))
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, format: str, *args: t.Any) -> None:  # pylint: disable=redefined-builtin
+        """Say nothing."""
+
+
+def serve(folder: Path, address: str) -> tuple[http.server.ThreadingHTTPServer, int]:
+    """Serve a folder on an address and return server and port."""
+    server = http.server.ThreadingHTTPServer((address, 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, server.server_address[1]

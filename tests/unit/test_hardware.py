@@ -1,0 +1,138 @@
+"""The hardware reader, on a recorded machine and on built ones."""
+
+from __future__ import annotations
+
+import time
+
+import hardware_trees as trees
+import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, hardware
+
+
+def test_a_recorded_h100(tmp_path):
+    found = hardware.collect(str(tmp_path), trees.recorded(tmp_path, "h100_1x_recorded"))
+    (gpu,) = found["gpus"]
+    assert gpu["name"] == "NVIDIA H100 80GB HBM3"
+    assert (gpu["generation"], gpu["architecture"]) == ("Hopper", "sm_90")
+    assert gpu["uuid"] == "GPU-d1ece0c1-a0aa-e50e-6534-3833a7d30970"
+    assert (gpu["minor"], gpu["nvlinks"], gpu["numa"]) == (0, 0, None)
+    assert (gpu["pcie_width"], gpu["pcie_speed_gts"]) == (16, 32.0)
+    assert gpu["memory_bytes"] == 81559 * 1024**2
+    assert found["usable_gpus"] == [gpu]
+    assert found["driver"]["loaded"] == "580.159.04"
+    assert found["driver"]["open"] is True
+    assert not found["driver"]["mismatch"]
+    assert found["fabric"]["required"] is False
+    (nic,) = found["nics"]
+    assert (nic["interface"], nic["driver"], nic["virtual"], nic["speed_mbits"]) == ("eth0", "virtio_net", True, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "architecture", "required"),
+    [
+        ({"gpus": 8, "device": "0x20b2", "switches": 6, "nics": 8}, "Ampere", "sm_80", True),
+        ({"gpus": 8, "device": "0x2330", "switches": 4, "nics": 8}, "Hopper", "sm_90", True),
+        ({"gpus": 8, "device": "0x2901", "bridges": 4, "nics": 8}, "Blackwell", "sm_100", True),
+        ({"gpus": 4, "device": "0x26b9", "nics": 1}, "Ada", "sm_89", False),
+        ({"gpus": 1, "device": "0x1db5"}, "Volta", "sm_70", False),
+    ],
+)
+def test_machines_without_a_driver_are_known_from_sysfs(tmp_path, options, generation, architecture, required):
+    found = hardware.collect(str(trees.machine(tmp_path, **options)))
+    assert len(found["gpus"]) == options["gpus"] == len(found["usable_gpus"])
+    assert {gpu["generation"] for gpu in found["gpus"]} == {generation}
+    assert {gpu["architecture"] for gpu in found["gpus"]} == {architecture}
+    assert found["nvswitches"] == options.get("switches", 0)
+    assert found["fabric"]["required"] is required
+    assert found["driver"]["version"] == ""
+    assert len([nic for nic in found["nics"] if nic["interface"]]) == options.get("nics", 0)
+
+
+def test_adapters_tell_speed_socket_and_way_to_each_gpu(tmp_path):
+    found = hardware.collect(str(trees.machine(tmp_path, gpus=8, switches=4, nics=8)))
+    first = found["nics"][0]
+    assert (first["interface"], first["driver"], first["virtual"]) == ("ib0", "mlx5_core", False)
+    assert (first["speed_mbits"], first["numa"], first["pcie_width"]) == (400000, 0, 16)
+    assert first["rdma"] == [{"device": "mlx5_0", "link_layer": "InfiniBand", "mbits": 400000}]
+    ways = [first["gpu_distance"][gpu["pci"]] for gpu in found["gpus"]]
+    assert ways == ["PIX", "NODE", "NODE", "NODE", "SYS", "SYS", "SYS", "SYS"]
+
+
+def test_a_container_may_use_the_gpus_whose_device_files_it_has(tmp_path):
+    found = hardware.collect(str(trees.machine(tmp_path, gpus=8, driver="580.95.05", visible=[2, 5])))
+    assert [gpu["minor"] for gpu in found["usable_gpus"]] == [2, 5]
+    assert len(found["gpus"]) == 8
+
+
+def test_a_container_without_a_driver_may_use_none(tmp_path):
+    trees.machine(tmp_path, gpus=2)
+    trees.put(tmp_path, "run/systemd/container", "systemd-nspawn")
+    assert hardware.collect(str(tmp_path))["usable_gpus"] == []
+
+
+def test_no_gpu_is_a_clean_answer(tmp_path):
+    found = hardware.collect(str(tmp_path))
+    assert (found["gpus"], found["usable_gpus"], found["nics"], found["nvswitches"]) == ([], [], [], 0)
+    assert found["driver"] == {
+        "version": "",
+        "loaded": "",
+        "installed": "",
+        "open": None,
+        "mismatch": False,
+        "nouveau": False,
+        "peermem": False,
+    }
+
+
+def test_libraries_newer_than_the_loaded_module_are_a_mismatch(tmp_path):
+    trees.machine(tmp_path, gpus=1, driver="580.65.06", open_modules=False)
+    trees.put(tmp_path, "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.580.95.05")
+    found = hardware.driver(str(tmp_path))
+    assert (found["loaded"], found["installed"], found["mismatch"], found["open"]) == ("580.65.06", "580.95.05", True, False)
+
+
+def test_nouveau_is_seen(tmp_path):
+    trees.put(tmp_path, "sys/module/nouveau/refcnt", "1")
+    assert hardware.driver(str(tmp_path))["nouveau"] is True
+
+
+def test_the_slower_end_of_a_pcie_link_counts(tmp_path):
+    trees.machine(tmp_path, gpus=1, speed="32.0 GT/s PCIe")
+    folder = next((tmp_path / "sys/devices").glob("**/0000:12:00.0"))
+    (folder / "max_link_speed").write_text("16.0 GT/s PCIe\n")
+    assert hardware.collect(str(tmp_path))["gpus"][0]["pcie_speed_gts"] == 16.0
+
+
+def test_active_nvlinks_are_counted_by_gpu():
+    text = (
+        "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa)\n\t Link 0: 26.562 GB/s\n\t Link 1: 26.562 GB/s\n"
+        "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bb)\n\t Link 0: 26.562 GB/s\n\t Link 1: <inactive>\n"
+    )
+    assert hardware.parse_nvlinks(text) == {"GPU-aa": 2, "GPU-bb": 1}
+
+
+def test_nvidia_smi_that_answers_nonsense_adds_nothing(tmp_path):
+    trees.machine(tmp_path, gpus=1, driver="580.95.05")
+    found = hardware.collect(str(tmp_path), lambda _words: "Unable to determine the device handle: Unknown Error\n")
+    assert found["gpus"][0]["memory_bytes"] is None
+    assert found["gpus"][0]["nvlinks"] is None
+
+
+@pytest.mark.parametrize("device", [0x2330, 0x2901, 0x20B2, 0x1DB5, 0x26B9, 0x3182, 0x2BB5])
+def test_every_named_product_has_a_generation(device):
+    assert gpu_names.lookup(device).architecture.startswith("sm_")
+
+
+def test_unknown_products_of_a_known_chip_tell_their_generation():
+    assert gpu_names.lookup(0x237E) == ("", "Hopper", "sm_90")
+    assert gpu_names.lookup(0x0001) == ("", "", "")
+
+
+def test_this_machine_answers_quickly():
+    hardware.collect()
+    times = []
+    for _ in range(5):
+        before = time.process_time()
+        hardware.collect()
+        times.append(time.process_time() - before)
+    assert min(times) < 0.02 or hardware.collect()["gpus"]
