@@ -1441,6 +1441,8 @@ class Supervisor:
         elif kind == "exit" and self.code is None:
             leave = self.member.leaving or (self.member.stop_at is not None and self.member.result == "done")
             if self.coordinator is None or leave or self.coordinator.finished(now):
+                if self.coordinator and self.member.result == "done":
+                    self.write_done()       # who has been told by now, so that a reboot does not wait for them
                 self.code, self.quit_by = action[1], now + 2.0
 
     def reap(self, now: float) -> None:
