@@ -59,7 +59,7 @@ class ActionModule(ActionBase):
                 host.node = {}
             hosts.append(host)
         release = self._release(hosts[0], task_vars)
-        plan, found = planning.make(group, hosts, release)
+        plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST))
         problems += found
         result.update(plan)
         result.update(changed=False, problems=[problem.as_dict() for problem in problems])

@@ -1,454 +1,418 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What of NVIDIA's software a node gets: hardware x distribution x variables x manifest, a pure function.
+"""What of NVIDIA's stack a node gets: from hardware, distribution and variables to packages, files and services.
 
-docs/nvidia.md lists the keys of a decision. Nothing here asks a node or changes one.
+Pure: the manifest (plugins/plugin_utils/versions.yml) and what node_info found go in; a decision and problems come out.
 """
 
 from __future__ import annotations
 
-import difflib
+import re
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils.hardware import version_key
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
-CPU = "cpu"
-# Packages whose version is the driver's, as patterns of apt_preferences(5). A pin by version touches no other package.
-DRIVER_PATTERNS = (
-    "nvidia-*",
-    "libnvidia-*",
-    "libcuda1",
-    "libnvcuvid*",
-    "libnvoptix*",
-    "libcudadebugger*",
-    "cuda-drivers*",
-    "firmware-nvidia-*",
-    "xserver-xorg-video-nvidia*",
-)
-NOUVEAU_FILE = "/etc/modprobe.d/onprem-torch-nouveau.conf"
-MODULES_FILE = "/etc/modules-load.d/onprem-torch-nvidia.conf"
+Manifest = t.Mapping[str, t.Any]
+Node = t.Mapping[str, t.Any]
+Variables = t.Mapping[str, t.Any]
+
+TURING = 75
+BLACKWELL = 100
+VARIABLE = "cuda_version"
+NCCL_CONF = "/etc/nccl.conf"
+NOUVEAU = "/etc/modprobe.d/onprem-torch-nouveau.conf"
+PERSISTENCE_UNIT = "nvidia-persistenced.service"
+FABRIC_UNIT = "nvidia-fabricmanager.service"
 
 
-def nearest_line(wanted: str, manifest: t.Mapping[str, t.Any]) -> str:
-    """Return the line of the manifest that is most like an unknown one: same major version, nearest minor."""
-    lines = list(manifest["lines"])
-    numbers = version_key(wanted)
-    if not numbers:
-        return next(iter(difflib.get_close_matches(wanted, [*lines, CPU], 1)), newest_line(manifest))
-    score = {line: (abs(version_key(line)[0] - numbers[0]), abs(version_key(line)[1] - (numbers + (0,))[1])) for line in lines}
-    return min(lines, key=lambda line: (score[line], lines.index(line)))
+def numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version, for comparing: ``580.65.06`` → (580, 65, 6)."""
+    return tuple(int(part) for part in re.split(r"[-+*a-z]", version)[0].split(".") if part.isdigit())
 
 
-def newest_line(manifest: t.Mapping[str, t.Any]) -> str:
-    """Return the newest CUDA line."""
-    return max(manifest["lines"], key=version_key)
+def capability(gpu: t.Mapping[str, t.Any]) -> int:
+    """Return a GPU's compute capability times ten, 0 where unknown: ``sm_90`` → 90."""
+    text = str(gpu.get("architecture") or "")
+    return int(text[3:]) if re.fullmatch(r"sm_\d+", text) else 0
 
 
-def gpus_of(hardware: t.Mapping[str, t.Any]) -> list[dict[str, t.Any]]:
-    """Return the GPUs that count: those that programs on the node can use."""
-    return list(hardware.get("usable_gpus") or [])
+def runs_on(line: t.Mapping[str, t.Any], level: int) -> bool:
+    """Return whether torch's wheels of a line have code for a capability: same major, same or lower minor version."""
+    built = [round(float(entry) * 10) for entry in line.get("architectures") or []]
+    return level == 0 or any(entry // 10 == level // 10 and entry <= level for entry in built)
 
 
-def generations_of(hardware: t.Mapping[str, t.Any]) -> list[str]:
-    """Return the known generations among a node's GPUs."""
-    return sorted({str(gpu.get("generation") or "").lower() for gpu in gpus_of(hardware)} - {""})
+def gpus_of(node: Node) -> list[dict[str, t.Any]]:
+    """Return the GPUs that a node may use."""
+    return list((node.get("hardware") or {}).get("usable_gpus") or [])
 
 
-def capability_of(gpu: t.Mapping[str, t.Any]) -> int:
-    """Return the compute capability of a GPU times ten (90 of sm_90); 0 where unknown."""
-    numbers = version_key(str(gpu.get("architecture") or ""))
-    return numbers[0] if numbers else 0
+def driver_of(node: Node) -> dict[str, t.Any]:
+    """Return the driver's state of a node."""
+    return dict((node.get("hardware") or {}).get("driver") or {})
 
 
-def in_container(hardware: t.Mapping[str, t.Any]) -> bool:
-    """Return whether the node is a container, whose driver is its host's."""
-    return bool((hardware.get("settings") or {}).get("container"))
+def cuda_lines(manifest: Manifest) -> list[str]:
+    """Return the names of the CUDA lines, newest first."""
+    return sorted((name for name in manifest.get("lines") or {} if name != "cpu"), key=numbers, reverse=True)
 
 
-def branch_of(version: str) -> int:
-    """Return the branch of a driver version: 580 of 580.159.03; 0 where it has none."""
-    numbers = version_key(version)
-    return numbers[0] if numbers else 0
+def has_torch(line: t.Mapping[str, t.Any], version: str) -> bool:
+    """Return whether a line's index has a version of torch; an empty version means the newest."""
+    if not line.get("torch_first"):
+        return True
+    if not version:
+        return not line["torch_last"]
+    return numbers(line["torch_first"]) <= numbers(version) and (
+        not line["torch_last"] or numbers(version) <= numbers(line["torch_last"])
+    )
 
 
-def at_least(version: str, minimum: str) -> bool:
-    """Return whether a driver version reaches a minimum."""
-    return version_key(version) >= version_key(minimum)
+def manages(variables: Variables) -> bool:
+    """Return whether the driver is ours to install."""
+    return variables.get("nvidia_driver_manage") is not False
 
 
-def fits(line: str, manifest: t.Mapping[str, t.Any], hardware: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any]) -> bool:
-    """Return whether a line can serve a node as it is: its GPUs, torch version and, where it is not ours, its driver."""
-    entry = manifest["lines"][line]
-    low, high = entry["capabilities"]
-    if any(level and not low <= level <= high for level in map(capability_of, gpus_of(hardware))):
-        return False
-    torch = str(variables.get("pytorch_version") or "")
-    if torch and any(torch in other["torch"] for other in manifest["lines"].values()) and torch not in entry["torch"]:
-        return False
-    driver = (hardware.get("driver") or {}).get("version") or ""
-    fixed = not variables.get("nvidia_driver_manage", True) or in_container(hardware)
-    return not fixed or not driver or at_least(driver, entry["driver_minimum"])
+def own_index(variables: Variables) -> bool:
+    """Return whether torch comes from somewhere else than the line's index."""
+    return bool(variables.get("pytorch_index_url")) or variables.get("pytorch_source") in ("existing", "distribution")
 
 
-def choose_line(
-    nodes: t.Mapping[str, tuple[t.Mapping[str, t.Any], t.Mapping[str, t.Any]]], manifest: t.Mapping[str, t.Any]
-) -> tuple[str, list[Problem]]:
-    """Return the CUDA line of the cluster and what is wrong with ``cuda_version``.
+def choose_line(nodes: t.Sequence[tuple[str, Variables, Node]], manifest: Manifest) -> tuple[str, list[Problem]]:
+    """Return the cluster's line and the problems with it.
 
     Args:
-        nodes: host → (hardware, variables).
-        manifest: meta/versions.yml.
+        nodes: host name, variables and findings of every node that could be read; at least one.
+        manifest: what fits together.
     """
-    wanted = next((str(variables.get("cuda_version") or "") for _hardware, variables in nodes.values()), "")
-    if wanted == CPU or wanted in manifest["lines"]:
-        return wanted, []
-    with_gpu = {host: pair for host, pair in nodes.items() if gpus_of(pair[0])}
+    wanted = str(nodes[0][1].get(VARIABLE) or "")
+    known = cuda_lines(manifest)
+    if not known:
+        return "", []
     if wanted:
-        near = nearest_line(wanted, manifest)
-        known = ", ".join([*manifest["lines"], CPU])
-        text = f"cuda_version is {wanted!r}, but one of {known} was expected"
-        return near, [Problem("", "cuda_version", text, f"set cuda_version: {near!r}, the nearest")]
-    if not with_gpu:
-        return CPU, []
-    for line in sorted(manifest["lines"], key=version_key, reverse=True):
-        if all(fits(line, manifest, *pair) for pair in with_gpu.values()):
-            return line, []
-    return newest_line(manifest), []
+        if wanted in (*known, "cpu"):
+            return wanted, []
+        near = min(known, key=lambda name: distance(wanted, name))
+        text = f"{VARIABLE} is {wanted!r}, but one of {', '.join([*known, 'cpu'])} was expected"
+        return near, [Problem("", VARIABLE, text, f"set {VARIABLE}: {near!r}, the nearest one, or leave it out for the newest that fits")]
+    if not any(gpus_of(node) for _name, _variables, node in nodes):
+        return "cpu", []
+    found = {name: [problem for entry in nodes for problem in line_problems(name, *entry, manifest)] for name in known}
+    # Some problems remain whatever the line; then the newest one that GPUs and torch fit is spoken of.
+    about_line = {name: [each for each in problems if each.variable in (VARIABLE, "pytorch_version")] for name, problems in found.items()}
+    return min(known, key=lambda name: (bool(found[name]), bool(about_line[name]))), []
 
 
-def torch_problems(line: str, entry: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> list[Problem]:
-    """Return a problem where the line has no wheels of the wanted torch."""
-    torch = str(variables.get("pytorch_version") or "")
-    if not torch or torch in entry["torch"] or variables.get("pytorch_source") in ("existing", "distribution"):
+def distance(wanted: str, name: str) -> float:
+    """Return how far a wanted version is from a known one; what is no version is far from all."""
+    asked = re.match(r"(\d+)(?:\.(\d+))?", wanted)
+    major, minor = numbers(name)[:2]
+    return abs(int(asked.group(1)) * 100 + int(asked.group(2) or 0) - major * 100 - minor) if asked else 1e9
+
+
+def line_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return why a host cannot work with a line: GPU, driver of somebody else, or version of torch."""
+    line = manifest["lines"][name]
+    cards = gpus_of(node)
+    if name == "cpu" or not cards:
         return []
-    lines = [name for name, other in manifest["lines"].items() if torch in other["torch"]]
-    if not lines:
-        return []  # a version that the manifest does not know: the index decides
-    text = f"pytorch_version is {torch}, which has no wheels for CUDA {line}"
-    near = max(lines, key=version_key)
-    return [Problem("", "cuda_version", text, f"set cuda_version: {near!r} or one of the torch versions {', '.join(entry['torch'])}")]
-
-
-def gpu_problems(host: str, line: str, entry: t.Mapping[str, t.Any], hardware: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> list[Problem]:
-    """Return a problem where a GPU is too old or too new for the line."""
-    low, high = entry["capabilities"]
-    found = []
-    for gpu in gpus_of(hardware):
-        level = capability_of(gpu)
-        if not level or low <= level <= high:
+    problems = []
+    others = [other for other in cuda_lines(manifest) if other != name]
+    for level in sorted({capability(gpu) for gpu in cards}):
+        if runs_on(line, level):
             continue
-        others = [name for name, other in manifest["lines"].items() if other["capabilities"][0] <= level <= other["capabilities"][1]]
-        age = "old" if level < low else "new"
-        text = (
-            f"{gpu.get('name') or 'its GPU'} (compute capability {level / 10:.1f}) is too {age} for CUDA {line}, whose torch "
-            f"wheels are built for {low / 10:.1f} to {high / 10:.1f}"
-        )
-        near = max(others, key=version_key) if others else ""
-        cure = f"set cuda_version: {near!r}" if near else "take the host out of the group"
-        found.append(Problem(host, "cuda_version", text, cure))
-        break
-    return found
+        product = next(str(gpu.get("name") or gpu["generation"]) for gpu in cards if capability(gpu) == level)
+        text = f"{product} (sm_{level}) is not supported by torch for CUDA {name}"
+        fits = [other for other in others if runs_on(manifest["lines"][other], level)]
+        problems.append(Problem(host, VARIABLE, text, f"set {VARIABLE}: {fits[0]!r}" if fits else "take the host out of the group"))
+    torch = str(variables.get("pytorch_version") or "")
+    if not own_index(variables) and not has_torch(line, torch):
+        span = f"{line['torch_first']} to {line['torch_last']}" if line["torch_last"] else f"{line['torch_first']} and newer"
+        fits = [other for other in others if has_torch(manifest["lines"][other], torch)]
+        cure = f"set {VARIABLE}: {fits[0]!r} or another pytorch_version" if fits else "set another pytorch_version"
+        text = f"pytorch_version is {torch or 'the newest'!s}, but {line['torch_index']} has {span}"
+        problems.append(Problem(host, "pytorch_version", text, cure))
+    return problems + driver_problems(name, host, variables, node, manifest)
 
 
-def modules_for(
-    host: str, hardware: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]
-) -> tuple[str, list[Problem]]:
-    """Return which kernel modules the GPUs need, open or proprietary, and what is wrong with the wish for others."""
-    wanted = str(variables.get("nvidia_driver_modules") or "auto")
-    needs = {name: manifest["generations"][name]["modules"] for name in generations_of(hardware) if name in manifest["generations"]}
-    kinds = set(needs.values()) - {"any"}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(needs))
-        text = f"its GPUs are of generations that no one driver serves ({names})"
-        return "open", [Problem(host, "nvidia_driver_modules", text, "take GPUs out of the node or the host out of the group")]
-    needed = kinds.pop() if kinds else ""
-    if wanted == "auto":
-        return needed or "open", []
-    if needed and wanted != needed:
-        names = ", ".join(sorted(needs))
-        text = f"nvidia_driver_modules is {wanted}, but {names} GPUs need the {needed} kernel modules"
-        return needed, [Problem(host, "nvidia_driver_modules", text, "set nvidia_driver_modules: auto")]
-    return wanted, []
+def driver_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return what is wrong with the driver that a node has or would get."""
+    line = manifest["lines"][name]
+    state = driver_of(node)
+    levels = [capability(gpu) for gpu in gpus_of(node)]
+    if not manages(variables):
+        if not state.get("version"):
+            text = "the node has NVIDIA GPUs but no driver, and nvidia_driver_manage is false"
+            return [Problem(host, "nvidia_driver_manage", text, "install a driver, or set nvidia_driver_manage: true")]
+        if state.get("mismatch"):
+            text = f"the kernel runs the driver {state['loaded']}, but its libraries are {state['installed']}"
+            return [Problem(host, "nvidia_driver_manage", text, "reboot the node")]
+        if numbers(state["version"]) < numbers(line["compatible_driver"]):
+            text = f"the driver is {state['version']}, but CUDA {name} needs {line['minimum_driver']} or newer"
+            fits = [
+                other
+                for other in cuda_lines(manifest)
+                if numbers(manifest["lines"][other]["compatible_driver"]) <= numbers(state["version"])
+            ]
+            cure = f"set {VARIABLE}: {fits[0]!r}, or upgrade the driver" if fits else "upgrade the driver"
+            return [Problem(host, VARIABLE, text, cure)]
+        return []
+    variable = "nvidia_driver_version"
+    wanted = str(variables.get(variable) or "")
+    version = wanted or manifest["driver"]["version"]
+    if not re.fullmatch(r"\d{3,}\.\d+(\.\d+)?", version):
+        text = f"{variable} is {version!r}, but a full version such as {manifest['driver']['version']} was expected"
+        return [Problem(host, variable, text, "give all of its numbers, since drivers are pinned exactly")]
+    if numbers(version) < numbers(line["compatible_driver"]):
+        text = f"{variable} is {version}, but CUDA {name} needs {line['minimum_driver']} or newer"
+        return [Problem(host, variable, text, f"remove it for {manifest['driver']['version']}, or set an older {VARIABLE}")]
+    branch = numbers(version)[0]
+    old = [level for level in levels if 0 < level < TURING]
+    if old and branch > manifest["driver"]["last_branch_before_turing"]:
+        last = manifest["driver"]["last_branch_before_turing"]
+        text = f"{variable} is {version}, but the branch {last} is the last one for GPUs of sm_{old[0]}"
+        return [Problem(host, variable, text, f"remove it for {manifest['driver']['version']}")]
+    if any(level >= BLACKWELL for level in levels) and branch < manifest["driver"]["first_branch_for_blackwell"]:
+        first = manifest["driver"]["first_branch_for_blackwell"]
+        text = f"{variable} is {version}, but Blackwell GPUs need the branch {first} or newer"
+        return [Problem(host, variable, text, f"remove it for {manifest['driver']['version']}")]
+    return module_problems(host, variables, levels)
 
 
-def driver_version(variables: t.Mapping[str, t.Any], entry: t.Mapping[str, t.Any], hardware: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> str:
-    """Return the driver version to install: the variable's, else the line's, else an older one for old GPUs."""
-    wanted = str(variables.get("nvidia_driver_version") or "")
-    if wanted:
+def module_problems(host: str, variables: Variables, levels: t.Sequence[int]) -> list[Problem]:
+    """Return the problem of kernel modules that the GPUs cannot work with."""
+    variable = "nvidia_driver_kernel_modules"
+    wanted = str(variables.get(variable) or "auto")
+    if wanted == "open" and any(0 < level < TURING for level in levels):
+        text = f"{variable} is open, but the open modules need Turing (sm_75) or newer"
+        return [Problem(host, variable, text, f"set {variable}: proprietary, or leave it out")]
+    if wanted == "proprietary" and any(level >= BLACKWELL for level in levels):
+        text = f"{variable} is proprietary, but Blackwell GPUs work with the open modules only"
+        return [Problem(host, variable, text, f"set {variable}: open, or leave it out")]
+    if any(0 < level < TURING for level in levels) and any(level >= BLACKWELL for level in levels):
+        text = "the node has GPUs older than Turing and of Blackwell, which no driver serves together"
+        return [Problem(host, "", text, "take one kind out of the node")]
+    return []
+
+
+def kernel_modules(variables: Variables, cards: t.Sequence[t.Mapping[str, t.Any]]) -> str:
+    """Return ``open`` or ``proprietary``: open ones wherever every GPU can (Turing and newer)."""
+    wanted = str(variables.get("nvidia_driver_kernel_modules") or "auto")
+    if wanted != "auto":
         return wanted
-    branch = branch_of(entry["driver"])
-    limits = [manifest["generations"].get(name, {}).get("branch_maximum", 9999) for name in generations_of(hardware)]
-    if branch <= min(limits, default=9999):
-        return str(entry["driver"])
-    older = [other["driver"] for other in manifest["lines"].values() if branch_of(other["driver"]) <= min(limits)]
-    return str(max(older, key=version_key)) if older else str(entry["driver"])
+    return "proprietary" if any(0 < capability(gpu) < TURING for gpu in cards) else "open"
 
 
-def driver_problems(
-    host: str, version: str, variable: str, line: str, entry: t.Mapping[str, t.Any], hardware: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]
-) -> list[Problem]:
-    """Return why a driver version cannot serve the line or the GPUs."""
-    found = []
-    whose = f"{variable} is {version}" if variable == "nvidia_driver_version" else f"its NVIDIA driver is {version}"
-    if not at_least(version, entry["driver_minimum"]) and branch_of(version) != 0 and (
-        "." in version or branch_of(version) < branch_of(entry["driver_minimum"])
-    ):
-        lower = [name for name, other in manifest["lines"].items() if at_least(version, other["driver_minimum"])]
-        cure = f"set nvidia_driver_version: {entry['driver']}" if variable == "nvidia_driver_version" else "let nvidia_driver_manage be true, or update the driver yourself"
-        if lower:
-            cure += f", or cuda_version: {max(lower, key=version_key)!r}"
-        text = f"{whose}, but CUDA {line} needs {entry['driver_minimum']} or newer"
-        found.append(Problem(host, variable, text, cure))
-    for name in generations_of(hardware):
-        known = manifest["generations"].get(name, {})
-        branch = branch_of(version)
-        low, high = known.get("branch_minimum", 0), known.get("branch_maximum", 9999)
-        if low <= branch <= high:
-            continue
-        text = f"{whose}, but {name.capitalize()} GPUs need branch {low} or newer" if branch < low else f"{whose}, but branch {high} is the last that knows {name.capitalize()} GPUs"
-        found.append(Problem(host, variable, text, f"set nvidia_driver_version: {driver_version({}, entry, hardware, manifest)}"))
+def wants_fabric_manager(variables: Variables, node: Node) -> bool:
+    """Return whether the fabric manager runs: where NVSwitches are, unless a variable decides."""
+    wanted = str(variables.get("nvidia_driver_fabric_manager") or "auto")
+    return wanted == "present" if wanted != "auto" else bool(((node.get("hardware") or {}).get("fabric") or {}).get("required"))
+
+
+def repository(host: str, variables: Variables, node: Node, manifest: Manifest) -> tuple[dict[str, t.Any], list[Problem]]:
+    """Return where NVIDIA's packages come from for a node's distribution."""
+    source = manifest["repository"]
+    release = node.get("distribution") or {}
+    known = source["distributions"].get(f"{release.get('id')}-{release.get('version')}")
+    platform = source["architectures"].get(str(node.get("architecture") or ""))
+    url = str(variables.get("cuda_repository_url") or "")
+    fingerprint = str(variables.get("cuda_repository_key_fingerprint") or "").replace(" ", "").upper()
+    if not url and (not known or not platform):
+        what = f"{release.get('name') or release.get('id') or 'this distribution'} on {node.get('architecture')}"
+        names = ", ".join(sorted(source["distributions"]))
+        text = f"NVIDIA's repository is known for {names} on {' and '.join(source['architectures'])}, but this is {what}"
+        cure = "set cuda_repository_url, or install the driver yourself and set nvidia_driver_manage: false"
+        return {}, [Problem(host, "cuda_repository_url", text, cure)]
+    problems = []
+    if fingerprint and not re.fullmatch(r"[0-9A-F]{40}", fingerprint):
+        text = f"cuda_repository_key_fingerprint is {fingerprint!r}, but 40 hexadecimal digits were expected"
+        problems.append(Problem(host, "cuda_repository_key_fingerprint", text, "print it with gpg --show-keys FILE"))
+    if not known and not fingerprint:
+        text = "cuda_repository_key_fingerprint is not set, but a repository of your own for this distribution needs it"
+        problems.append(Problem(host, "cuda_repository_key_fingerprint", text, "print it with gpg --show-keys FILE"))
+    default = f"{source['url']}/{known['path']}/{platform}" if known and platform else ""
+    url = (url or default).rstrip("/")
+    key = str(variables.get("cuda_repository_key_url") or "")
+    return {
+        "url": f"{url}/",
+        "key_url": key or f"{url}/{known['key'] if known else 'key.pub'}",
+        "key_fingerprint": fingerprint or (known or {}).get("fingerprint", ""),
+    }, problems
+
+
+def driver_packages(version: str, modules: str, fabric: bool, node: Node, manifest: Manifest) -> list[dict[str, str]]:
+    """Return the packages of a driver with exact versions, the headers of the running kernel first."""
+    branch = numbers(version)[0]
+    kind = str((node.get("distribution") or {}).get("id") or "debian")
+    names = manifest["packages"]["debian" if kind != "ubuntu" else "ubuntu" if branch < 590 else "ubuntu_590"]
+    exact = f"{version}-*"
+    found = [{"name": f"linux-headers-{node.get('kernel')}", "version": ""}]
+    found += [{"name": name.format(branch=branch), "version": exact} for name in names[modules]]
+    if fabric:
+        found += [{"name": name.format(branch=branch), "version": exact} for name in names["fabric_manager"]]
+        if ((node.get("hardware") or {}).get("fabric") or {}).get("nvlink_bridges"):
+            found += [{"name": name, "version": ""} for name in names["fabric_manager_nvlink5"]]
     return found
 
 
-def needs_fabric_manager(hardware: t.Mapping[str, t.Any]) -> bool:
-    """Return whether the GPUs are joined by NVSwitches that this node has to manage."""
-    return bool((hardware.get("fabric") or {}).get("required")) and not in_container(hardware)
+def driver(
+    name: str, variables: Variables, node: Node, source: t.Mapping[str, t.Any], manifest: Manifest
+) -> tuple[dict[str, t.Any], list[str]]:
+    """Return what nvidia_driver does on a node with GPUs, and advice.
 
-
-def nvlink5(hardware: t.Mapping[str, t.Any]) -> bool:
-    """Return whether the NVSwitches are those of NVLink 5, which show as bridges on InfiniBand adapters only."""
-    return bool((hardware.get("fabric") or {}).get("nvlink_bridges"))
-
-
-def fabric_packages(version: str, hardware: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> list[dict[str, str]]:
-    """Return the packages of the fabric manager, at the driver's own version."""
-    branch = branch_of(version)
-    name = next(entry["package"] for entry in manifest["fabric_manager"] if entry["branches"][0] <= branch <= entry["branches"][1])
-    packages = [{"name": name.format(branch=branch), "version": pattern(version)}]
-    if nvlink5(hardware):
-        # They have versions of their own, whatever the repository offers with this driver.
-        packages += [{"name": extra, "version": ""} for extra in manifest["fabric_nvlink5"]]
-    return packages
-
-
-def pattern(version: str) -> str:
-    """Return the pattern of package versions for a driver version.
-
-    NVIDIA's packages end in -1, -1ubuntu1, -0ubuntu1 or -2ubuntu1, differently within one branch, so the end is left to
-    the repository. A branch alone, such as 580, allows each of its releases.
+    ``action`` is ``install`` (ours, at our version), ``keep`` (good as it is), ``check`` (not ours) or ``none`` (no GPU).
     """
-    return f"{version}-*" if "." in version else f"{version}.*"
+    cards = gpus_of(node)
+    state = driver_of(node)
+    line = manifest["lines"][name]
+    advice = []
+    result: dict[str, t.Any] = {"action": "none", "version": state.get("version", ""), "wanted": False}
+    if not cards or name == "cpu":
+        return result, []
+    result["fabric_manager"] = fabric = wants_fabric_manager(variables, node)
+    if not manages(variables):
+        if numbers(state.get("version", "")) < numbers(line["minimum_driver"]):
+            advice.append(
+                f"the driver {state.get('version')} runs CUDA {name} by minor-version compatibility only; "
+                f"{line['minimum_driver']} or newer is what it was made for"
+            )
+        return {**result, "action": "check"}, advice
+    wanted = str(variables.get("nvidia_driver_version") or "")
+    version = wanted or manifest["driver"]["version"]
+    modules = kernel_modules(variables, cards)
+    running = state.get("loaded", "")
+    fits = (
+        running
+        and not state.get("mismatch")
+        and numbers(running) >= numbers(line["minimum_driver"])
+        and not (state.get("open") is False and any(capability(gpu) >= BLACKWELL for gpu in cards))
+    )
+    if fits and not wanted and running != version:
+        if fabric and not ((node.get("hardware") or {}).get("fabric") or {}).get("manager_running"):
+            advice.append(
+                f"NVSwitches need the fabric manager of the driver's version {running}, which does not run; "
+                "install nvidia-fabricmanager, or set nvidia_driver_version to have the driver managed"
+            )
+        return {**result, "action": "keep"}, advice
+    if state.get("nouveau"):
+        advice.append("nouveau is loaded and gives way to NVIDIA's driver with the reboot")
+    packages = variables.get("nvidia_driver_packages") or []
+    chosen = [split(entry) for entry in packages] if packages else driver_packages(version, modules, fabric, node, manifest)
+    result.update(
+        action="install",
+        wanted=True,
+        version=version,
+        kernel_modules=modules,
+        reboot_expected=bool(running and running != version) or bool(state.get("nouveau")),
+        settings={
+            "name": "nvidia_driver",
+            "repository": dict(source),
+            "packages": chosen,
+            "pins": [{"packages": list(manifest["driver_family"]), "version": f"{version}-*"}],
+            "files": {NOUVEAU: "# NVIDIA's driver is used (onprem.torch.nvidia_driver).\nblacklist nouveau\noptions nouveau modeset=0\n"},
+            "services": [PERSISTENCE_UNIT, *([FABRIC_UNIT] if fabric else [])],
+            "kernel_module": "nvidia",
+            "kernel_module_version": version,
+        },
+    )
+    return result, advice
 
 
-def repository(distribution: t.Mapping[str, t.Any], architecture: str, variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]) -> dict[str, str]:
-    """Return NVIDIA's apt repository for a node, or the one of the variables; empty where there is none."""
-    known = manifest["distributions"].get(f"{distribution.get('id')}-{distribution.get('version')}")
-    source = manifest["repository"]
-    machine = source["architectures"].get(architecture)
-    url = str(variables.get("cuda_repository_url") or "")
-    if not known or not machine:
-        return {}
-    if not url:
-        mirror = str(variables.get("cluster_mirror") or "").rstrip("/")
-        path = source["url"].format(folder=known["folder"], architecture=machine)
-        url = f"{mirror}/{path.split('://', 1)[1]}" if mirror else path
-    url = url.rstrip("/") + "/"
+def split(entry: str) -> dict[str, str]:
+    """Return name and version of a package as apt writes it: ``name=version``."""
+    name, _equals, version = str(entry).partition("=")
+    return {"name": name, "version": version}
+
+
+def cuda(name: str, variables: Variables, source: t.Mapping[str, t.Any], manifest: Manifest) -> dict[str, t.Any]:
+    """Return what the role cuda does: nothing unless the toolkit is asked for, since torch brings its own CUDA."""
+    if not variables.get("cuda_toolkit") or name == "cpu":
+        return {"wanted": False}
+    line = manifest["lines"][name]
+    version = str(variables.get("cuda_toolkit_version") or line["toolkit_version"])
     return {
-        "name": "onprem-torch-nvidia",
-        "url": url,
-        "suite": str(variables.get("cuda_repository_suite") or "/"),
-        "key": str(variables.get("cuda_repository_key") or url + known["key"]),
-        "fingerprint": str(variables.get("cuda_repository_fingerprint") or source["keys"][known["key"]]),
+        "wanted": True,
+        "settings": {
+            "name": "cuda",
+            "repository": dict(source),
+            "packages": [{"name": line["toolkit"], "version": version}],
+            "pins": [{"packages": [line["toolkit"]], "version": version}],
+        },
     }
 
 
-def driver_packages(
-    version: str, modules: str, distribution: t.Mapping[str, t.Any], kernel: str, variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]
-) -> list[dict[str, str]]:
-    """Return the packages of the driver, each with a pattern of its version, and the running kernel's headers."""
-    names = manifest["names"][manifest["distributions"][f"{distribution.get('id')}-{distribution.get('version')}"]["names"]]
-    branch = branch_of(version)
-    own = [str(name) for name in variables.get("nvidia_driver_packages") or []]
-    rule = next(entry for entry in names["driver"] if entry["branches"][0] <= branch <= entry["branches"][1])
-    chosen = own or [name.format(branch=branch) for name in rule[modules]]
-    headers = [{"name": names["headers"].format(kernel=kernel), "version": ""}] if variables.get("nvidia_driver_headers", True) else []
-    return [*headers, *({"name": name, "version": pattern(version)} for name in chosen)]
+def nccl(
+    name: str, variables: Variables, node: Node, interface: str, source: t.Mapping[str, t.Any], manifest: Manifest
+) -> dict[str, t.Any]:
+    """Return what the role nccl does: the library where asked for, and /etc/nccl.conf on nodes with GPUs."""
+    chosen = {str(key): str(value) for key, value in (variables.get("nccl_configuration") or {}).items()}
+    library = bool(variables.get("nccl_library")) and name != "cpu"
+    if gpus_of(node) and name != "cpu" and interface:
+        chosen = {"NCCL_SOCKET_IFNAME": f"={interface}", **chosen}
+    if not chosen and not library:
+        return {"wanted": False}
+    lines = "".join(f"{key}={value}\n" for key, value in sorted(chosen.items()))
+    settings: dict[str, t.Any] = {
+        "name": "nccl",
+        "packages": [],
+        "pins": [],
+        "files": {NCCL_CONF: f"# Managed by onprem.torch.nccl; variables of a process win over this file.\n{lines}"} if chosen else {},
+    }
+    if library:
+        version = str(variables.get("nccl_version") or manifest["lines"][name]["nccl_version"])
+        settings["repository"] = dict(source)
+        settings["packages"] = [{"name": package, "version": version} for package in ("libnccl2", "libnccl-dev")]
+        settings["pins"] = [{"packages": ["libnccl2", "libnccl-dev"], "version": version}]
+    return {"wanted": True, "settings": settings}
 
 
-def advice_for(hardware: t.Mapping[str, t.Any]) -> list[str]:
-    """Return what the node's owner should know; nothing of it is changed."""
-    found = []
-    driver = hardware.get("driver") or {}
-    settings = hardware.get("settings") or {}
-    if not hardware.get("gpus"):
-        return found
-    if settings.get("secure_boot"):
-        found.append("Secure Boot is on: the modules that DKMS builds load only after their key was enrolled (mokutil --import)")
-    if settings.get("iommu") == "on":
-        found.append("the IOMMU translates traffic between GPUs and adapters: the kernel parameter iommu=pt avoids it")
-    if settings.get("governor") not in (None, "", "performance"):
-        found.append(f"the CPU governor is {settings['governor']}: performance shortens the launch of collectives")
-    if driver.get("mismatch"):
-        found.append(f"the driver {driver['loaded']} is loaded, but {driver['installed']} is installed: reboot the node")
-    return found
-
-
-def nvidia_decision(
-    host: str, line: str, node: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]
+def decide(
+    name: str, host: str, variables: Variables, node: Node, manifest: Manifest, interface: str = ""
 ) -> tuple[dict[str, t.Any], list[Problem]]:
-    """Return what a node gets and what is wrong.
+    """Return the decision for one node, and its problems.
 
     Args:
+        name: the cluster's line.
         host: inventory name.
-        line: the cluster's CUDA line, or cpu (see choose_line).
-        node: what node_info found: distribution, architecture, kernel, hardware, disk.
-        variables: the host's public variables of the roles.
-        manifest: meta/versions.yml.
-
-    Returns:
-        The decision (see docs/nvidia.md for its keys) and the problems.
+        variables: the host's variables.
+        node: what node_info found.
+        manifest: what fits together.
+        interface: the training interface.
     """
-    hardware = node.get("hardware") or {}
-    gpus = gpus_of(hardware)
-    decision: dict[str, t.Any] = {
-        "line": line,
-        "gpus": len(gpus),
-        "torch_index": (manifest[CPU] if line == CPU else manifest["lines"][line])["torch_index"],
-        "torch_nccl": "",
-        "repository": {},
-        "driver": {"action": "none", "version": "", "modules": "", "packages": [], "patterns": [], "files": [], "services": []},
-        "toolkit": {"packages": []},
-        "nccl": {"packages": []},
-        "fabric_manager": False,
-        "reboot": False,
-        "advice": advice_for(hardware),
-        "skip": True,
-    }
-    forced = bool(variables.get("nvidia_driver_without_gpu"))
-    if line == CPU or not (gpus or forced or variables.get("cuda_toolkit") or variables.get("nccl_package")):
-        return decision, []
-    entry = manifest["lines"][line]
-    decision["skip"] = False
-    decision["torch_nccl"] = str(entry["torch"].get(str(variables.get("pytorch_version") or ""), ""))
-    problems = gpu_problems(host, line, entry, hardware, manifest)
-    distribution = node.get("distribution") or {}
-    decision["repository"] = repository(distribution, str(node.get("architecture") or ""), variables, manifest)
-    if gpus or forced:
-        driver, found = decide_driver(host, line, entry, node, variables, manifest)
-        decision["driver"] = driver
-        decision["fabric_manager"] = needs_fabric_manager(hardware)
-        decision["reboot"] = driver["action"] == "install" and bool(driver["replaces"] or driver["nouveau"])
-        problems += found
-    if variables.get("cuda_toolkit"):
-        kit = entry["toolkit"]
-        decision["toolkit"]["packages"] = [{"name": kit["package"], "version": str(variables.get("cuda_toolkit_version") or kit["version"])}]
-        free = (node.get("disk") or {}).get("/usr/local")
-        if free is not None and free < kit["disk_bytes"]:
-            text = f"/usr/local has {free / 1e9:.1f} GB free, but {kit['package']} takes about {kit['disk_bytes'] / 1e9:.0f} GB"
-            problems.append(Problem(host, "cuda_toolkit", text, "free space, or set cuda_toolkit: false, since torch needs no toolkit"))
-    if variables.get("nccl_package"):
-        version = str(variables.get("nccl_package_version") or entry["nccl"]["package_version"])
-        decision["nccl"]["packages"] = [{"name": name, "version": version} for name in ("libnccl2", "libnccl-dev")]
-    wanted = decision["driver"]["action"] == "install" or decision["toolkit"]["packages"] or decision["nccl"]["packages"]
-    if wanted and not decision["repository"]:
-        known = ", ".join(manifest["distributions"])
-        text = f"{distribution.get('name') or distribution.get('id') or 'its distribution'} on {node.get('architecture')} has no repository in the manifest (known: {known})"
-        problems.append(Problem(host, "nvidia_driver_manage", text, "install the driver yourself and set nvidia_driver_manage: false"))
-        decision["driver"]["packages"] = []
-    return decision, problems
-
-
-def decide_driver(
-    host: str, line: str, entry: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any], manifest: t.Mapping[str, t.Any]
-) -> tuple[dict[str, t.Any], list[Problem]]:
-    """Return what happens to a node's driver: action check, keep or install, with packages, files and services."""
-    hardware = node.get("hardware") or {}
-    present = hardware.get("driver") or {}
-    have = str(present.get("version") or "")
-    result: dict[str, t.Any] = {
-        "action": "check",
-        "version": have,
-        "modules": "",
-        "packages": [],
-        "patterns": [],
-        "files": [],
-        "services": [],
-        "replaces": "",
-        "nouveau": False,
-    }
-    foreign = not variables.get("nvidia_driver_manage", True) or bool(in_container(hardware))
-    if foreign:
-        if have:
-            return result, driver_problems(host, have, "nvidia_driver_manage", line, entry, hardware, manifest)
-        if in_container(hardware):
-            text, cure = "it is a container with GPUs but without a driver", "give the container the host's driver (NVIDIA Container Toolkit)"
-        else:
-            text, cure = "it has no NVIDIA driver and nvidia_driver_manage is false", "install a driver or set nvidia_driver_manage: true"
-        return result, [Problem(host, "nvidia_driver_manage", text, cure)]
-    modules, problems = modules_for(host, hardware, variables, manifest)
-    wished = str(variables.get("nvidia_driver_version") or "")
-    target = driver_version(variables, entry, hardware, manifest)
-    problems += driver_problems(host, target, "nvidia_driver_version", line, entry, hardware, manifest)
-    good = bool(have) and not driver_problems(host, have, "", line, entry, hardware, manifest)
-    reached = have == target or ("." not in target and branch_of(have) == branch_of(target))
-    known = f"{(node.get('distribution') or {}).get('id')}-{(node.get('distribution') or {}).get('version')}" in manifest["distributions"]
-    keep = good and not reached and not wished
-    version = have if keep else target
-    result.update(action="keep" if keep else "install", version=version, modules=modules)
-    fabric = needs_fabric_manager(hardware)
-    if known:
-        if not keep:
-            kernel = str(node.get("kernel") or "")
-            result["packages"] = driver_packages(version, modules, node.get("distribution") or {}, kernel, variables, manifest)
-        if fabric:
-            result["packages"] += fabric_packages(version, hardware, manifest)
-    if result["packages"]:
-        result["patterns"] = [{"packages": list(DRIVER_PATTERNS), "version": pattern(version)}]
-    result["replaces"] = "" if keep or reached else have
-    result["nouveau"] = not keep and bool(present.get("nouveau"))
-    load = ["nvidia", "nvidia-uvm", *(["nvidia-peermem"] if wants_peermem(hardware, variables) else []), *(["ib_umad"] if fabric and nvlink5(hardware) else [])]
-    if not keep:
-        result["files"].append({"path": NOUVEAU_FILE, "content": "blacklist nouveau\noptions nouveau modeset=0\n", "apply": ["update-initramfs", "-u"]})
-    result["files"].append({"path": MODULES_FILE, "content": "\n".join(load) + "\n", "apply": []})
-    result["services"] = [*(["nvidia-persistenced.service"] if variables.get("nvidia_driver_persistence", True) else []), *(["nvidia-fabricmanager.service"] if fabric else [])]
-    return result, problems
-
-
-def wants_peermem(hardware: t.Mapping[str, t.Any], variables: t.Mapping[str, t.Any]) -> bool:
-    """Return whether nvidia-peermem is loaded: asked for, or proprietary modules beside RDMA.
-
-    Open modules on kernels from 5.12 on let NCCL use dma-buf, which needs no further module.
-    """
-    wanted = variables.get("nvidia_driver_peermem")
-    if wanted in ("present", "absent"):
-        return wanted == "present"
-    rdma = any(nic.get("rdma") for nic in hardware.get("nics") or [])
-    old = {"maxwell", "pascal", "volta"} & set(generations_of(hardware))
-    return rdma and (variables.get("nvidia_driver_modules") == "proprietary" or bool(old))
+    problems = line_problems(name, host, variables, node, manifest)
+    needs_driver = bool(gpus_of(node)) and name != "cpu" and manages(variables)
+    asks = bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
+    source, missing = repository(host, variables, node, manifest) if needs_driver or asks else ({}, [])
+    made, advice = ({"action": "none", "wanted": False}, []) if problems else driver(name, variables, node, source, manifest)
+    if made["wanted"] or asks:
+        problems += missing
+    return {
+        "line": name,
+        "driver": made,
+        "cuda": {"wanted": False} if problems else cuda(name, variables, source, manifest),
+        "nccl": {"wanted": False} if problems else nccl(name, variables, node, interface, source, manifest),
+        "advice": advice,
+    }, problems
 
 
 def decide_all(
-    nodes: t.Mapping[str, tuple[t.Mapping[str, t.Any], t.Mapping[str, t.Any]]], manifest: t.Mapping[str, t.Any]
-) -> tuple[dict[str, dict[str, t.Any]], list[Problem]]:
-    """Return the decision of every node and all problems of the cluster.
+    nodes: t.Sequence[tuple[str, Variables, Node]], manifest: Manifest, interfaces: t.Mapping[str, str]
+) -> tuple[dict[str, t.Any], dict[str, dict[str, t.Any]], list[Problem]]:
+    """Return the line, the decision by host and all problems.
 
     Args:
-        nodes: host → (what node_info found, the host's variables).
-        manifest: meta/versions.yml.
+        nodes: host name, variables and findings; empty findings of a node that could not be read.
+        manifest: what fits together; empty for no decision.
+        interfaces: training interface by host.
     """
-    line, problems = choose_line({host: (node.get("hardware") or {}, variables) for host, (node, variables) in nodes.items()}, manifest)
+    readable = [entry for entry in nodes if entry[2]]
+    if not manifest or not readable:
+        return {}, {}, []
+    name, problems = choose_line(readable, manifest)
     decisions = {}
-    for host, (node, variables) in nodes.items():
-        decisions[host], found = nvidia_decision(host, line, node, variables, manifest)
-        problems += found
-    first = next(iter(nodes.values()), None)
-    if first and line != CPU:
-        problems += torch_problems(line, manifest["lines"][line], first[1], manifest)
-    return decisions, problems
-
-
-def nvidia_problems(nodes: t.Mapping[str, tuple[t.Mapping[str, t.Any], t.Mapping[str, t.Any]]], manifest: t.Mapping[str, t.Any]) -> list[Problem]:
-    """Return only the problems of decide_all."""
-    return decide_all(nodes, manifest)[1]
+    if not problems:
+        for host, variables, node in readable:
+            decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
+            problems += found
+    return {"name": name, **manifest["lines"][name]}, decisions, problems

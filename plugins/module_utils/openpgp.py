@@ -1,100 +1,92 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Fingerprints of OpenPGP public keys (RFC 9580), so that a repository's key is checked where no gpg is installed."""
+"""Fingerprints of OpenPGP public keys, without gpg, which bare nodes lack.
+
+Formats: RFC 4880, sections 4.2 (packet headers), 6.2 (ASCII armor) and 12.2 (fingerprints).
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import hashlib
-import typing as t
 
 PUBLIC_KEY = 6
 
 
-class NoKeyError(ValueError):
-    """The data is no OpenPGP public key."""
+class KeyFileError(ValueError):
+    """The file is no OpenPGP public key."""
+
+
+def is_armored(data: bytes) -> bool:
+    """Return whether a key is in ASCII armor."""
+    return b"-----BEGIN PGP PUBLIC KEY BLOCK-----" in data
 
 
 def dearmor(data: bytes) -> bytes:
-    """Return the binary form of a key, whether it comes armored or not.
-
-    Raises:
-        NoKeyError: the armor is damaged.
-    """
-    if not data.lstrip().startswith(b"-----BEGIN PGP"):
-        return data
-    blocks = []
-    body: t.Optional[list[bytes]] = None
-    for line in data.replace(b"\r", b"").split(b"\n"):
-        line = line.strip()
-        if line.startswith(b"-----BEGIN PGP"):
+    """Return the packets of all armored blocks of a file."""
+    packets = b""
+    body: list[bytes] | None = None
+    for line in data.splitlines():
+        word = line.strip()
+        if word.startswith(b"-----BEGIN PGP PUBLIC KEY BLOCK"):
             body = []
-        elif line.startswith(b"-----END PGP") and body is not None:
-            blocks.append(b"".join(body))
+        elif word.startswith(b"-----END PGP PUBLIC KEY BLOCK") and body is not None:
+            try:
+                packets += base64.b64decode(b"".join(body), validate=True)
+            except binascii.Error as error:
+                raise KeyFileError(f"the armor is broken ({error})") from error
             body = None
-        elif body is not None and line and b":" not in line and not line.startswith(b"="):
-            body.append(line)
-    try:
-        return b"".join(base64.b64decode(block, validate=True) for block in blocks)
-    except binascii.Error as error:
-        raise NoKeyError(f"its armor is damaged ({error})") from error
-
-
-def packets(data: bytes) -> t.Iterator[tuple[int, bytes]]:
-    """Yield tag and body of each packet (RFC 9580, 4.2).
-
-    Raises:
-        NoKeyError: the data is no sequence of packets.
-    """
-    at = 0
-    while at < len(data):
-        head = data[at]
-        if not head & 0x80:
-            raise NoKeyError("it is no OpenPGP key")
-        at += 1
-        try:
-            if head & 0x40:
-                tag = head & 0x3F
-                size = data[at]
-                at += 1
-                if 192 <= size < 224:
-                    size = ((size - 192) << 8) + data[at] + 192
-                    at += 1
-                elif size == 255:
-                    size = int.from_bytes(data[at : at + 4], "big")
-                    at += 4
-                elif size >= 224:
-                    raise NoKeyError("it has packets of partial length")
-            else:
-                tag = (head & 0x3C) >> 2
-                width = 1 << (head & 0x03)
-                if width > 4:
-                    raise NoKeyError("it has a packet without a length")
-                size = int.from_bytes(data[at : at + width], "big")
-                at += width
-        except IndexError as error:
-            raise NoKeyError("it ends within a packet") from error
-        if at + size > len(data):
-            raise NoKeyError("it ends within a packet")
-        yield tag, data[at : at + size]
-        at += size
+        elif body is not None and word and b":" not in word and not word.startswith(b"="):
+            body.append(word)
+    return packets
 
 
 def fingerprints(data: bytes) -> list[str]:
-    """Return the fingerprints of the primary keys, as upper-case hexadecimal digits.
+    """Return the fingerprints of the primary keys of a key file, 40 capital hexadecimal digits each.
 
     Raises:
-        NoKeyError: the data is no OpenPGP public key.
+        KeyFileError: the file is broken, or holds no public key of version 4.
     """
+    packets = dearmor(data) if is_armored(data) else data
     found = []
-    for tag, body in packets(dearmor(data)):
-        if tag == PUBLIC_KEY:
-            # Version 4: SHA-1 over 0x99, two bytes of length and the body (RFC 9580, 5.5.4.2).
-            if body[:1] != b"\x04":
-                raise NoKeyError("its key is not of version 4")
+    position = 0
+    while position < len(packets):
+        try:
+            tag, body, position = packet(packets, position)
+        except IndexError as error:
+            raise KeyFileError("the file ends within a packet") from error
+        if tag == PUBLIC_KEY and body[:1] == b"\x04":
             found.append(hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body).hexdigest().upper())
     if not found:
-        raise NoKeyError("it holds no public key")
+        raise KeyFileError("it holds no OpenPGP public key")
     return found
+
+
+def packet(data: bytes, start: int) -> tuple[int, bytes, int]:
+    """Return tag, body and end of the packet that begins at ``start``."""
+    head = data[start]
+    if not head & 0x80:
+        raise KeyFileError("it is no OpenPGP key")
+    if head & 0x40:
+        first = data[start + 1]
+        if first < 192:
+            length, begin = first, start + 2
+        elif first < 224:
+            length, begin = ((first - 192) << 8) + data[start + 2] + 192, start + 3
+        elif first == 255:
+            length, begin = int.from_bytes(data[start + 2 : start + 6], "big"), start + 6
+        else:
+            raise KeyFileError("it holds a packet of unknown length")
+        tag = head & 0x3F
+    else:
+        size = head & 3
+        if size == 3:
+            raise KeyFileError("it holds a packet of unknown length")
+        width = 1 << size
+        length, begin = int.from_bytes(data[start + 1 : start + 1 + width], "big"), start + 1 + width
+        tag = (head >> 2) & 0x0F
+    if begin + length > len(data):
+        raise IndexError
+    return tag, data[begin : begin + length], begin + length

@@ -14,7 +14,7 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, ports, pytorch_plan, ranks
+from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, nvidia, ports, pytorch_plan, ranks
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Variables that describe one node. All others describe the job and are the same on every host.
@@ -146,13 +146,16 @@ def devices_of(host: Host) -> list[str]:
     return [entry.strip() for entry in str(host.variables.get("torchrun_devices") or "").split(",") if entry.strip()]
 
 
-def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[str, t.Any], list[Problem]]:
+def make(
+    group: str, hosts: t.Sequence[Host], release: Release, manifest: t.Mapping[str, t.Any] | None = None
+) -> tuple[dict[str, t.Any], list[Problem]]:
     """Return the plan and all problems.
 
     Args:
         group: name of the inventory group.
         hosts: its hosts in inventory order; at least one.
         release: the job's source.
+        manifest: which versions of NVIDIA's stack and torch fit together.
 
     Returns:
         The plan (see docs/plan.md for its keys) and the problems. Where there are problems, the plan shows what could
@@ -182,6 +185,12 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
     problems += node_checks.check_all(hosts, chosen, name_of_job)
+    line, stacks, found = nvidia.decide_all(
+        [(host.name, host.variables, host.node) for host in hosts],
+        manifest or {},
+        {name: end.interface for name, end in chosen.items()},
+    )
+    problems += found
 
     nodes: dict[str, dict[str, t.Any]] = {}
     for name in order:
@@ -189,7 +198,7 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
         count, found = process_count(host)
         problems += found
         end = chosen.get(name, network.Endpoint("", ""))
-        torch = pytorch_plan.environment(host.variables, host.node, {})
+        torch = pytorch_plan.environment(host.variables, host.node, line)
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],
@@ -203,6 +212,7 @@ def make(group: str, hosts: t.Sequence[Host], release: Release) -> tuple[dict[st
             "distribution": host.node.get("distribution", {}),
             "architecture": host.node.get("architecture", ""),
             "hardware": host.node.get("hardware", {}),
+            "nvidia": stacks.get(name, {}),
         }
     job = {
         "name": name_of_job,

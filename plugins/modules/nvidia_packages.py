@@ -7,75 +7,105 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: nvidia_packages
-short_description: Packages of one version that stay at it, with their repository, files and services
+short_description: Keep a set of packages of NVIDIA's apt repository at one exact version
 version_added: 0.1.0
+author:
+  - The onprem.torch maintainers (@onprem-torch)
 description:
-  - Brings NVIDIA packages to exact versions from a signed repository, pins and holds them, so that no upgrade of the
-    system tears driver and libraries apart. Works on Debian and Ubuntu.
-  - Repairs what an interrupted dpkg left behind before it does anything else.
-  - One call does all of it, and with nothing to do asks only dpkg and systemd.
+  - Keeps a repository with its verified key, pins, packages, holds, files and services as one state, in one step.
+    A run that has nothing to do reads a few files and starts no apt.
+  - All installed packages that a pin names get the pin's version and are held, so that no upgrade tears them apart.
+  - Finishes what an interrupted dpkg left half done first.
+  - Nothing is installed unless apt's simulation works, removes no foreign package, and the disk has room.
 options:
   settings:
-    description: What the node is brought to, as the plan decides it.
+    description: The state.
     type: dict
     required: true
     suboptions:
       name:
-        description: Name of the set, which names its pins. Sets beside each other keep their own pins and holds.
+        description: Name of the set; part of the name of its preferences file.
         type: str
         required: true
       repository:
-        description: C(url), C(suite) (default C(/)), C(key_url) (URL, or path on the node) and C(key_fingerprint) of its only key. Empty for none.
+        description: A flat apt repository. Empty for packages of sources that the node has already.
         type: dict
         default: {}
+        suboptions:
+          url:
+            description: Its URL.
+            type: str
+          key_url:
+            description: URL of the OpenPGP key that signs it.
+            type: str
+          key_fingerprint:
+            description: Fingerprint of that key, 40 hexadecimal digits; any other key is refused.
+            type: str
       packages:
-        description: Packages, each with C(name) and C(version), a pattern such as C(580.159.03-*). An empty version allows any.
+        description: Packages that shall be installed.
         type: list
         elements: dict
         default: []
+        suboptions:
+          name:
+            description: Name of the package.
+            type: str
+            required: true
+          version:
+            description: Its version, which may end in C(*). Empty for any.
+            type: str
+            default: ""
       pins:
-        description: What else belongs to the set, each with C(packages) (patterns of names) and C(version). It is pinned and held too.
+        description: Versions for packages that may come along.
         type: list
         elements: dict
         default: []
+        suboptions:
+          packages:
+            description: Names, in which C(*) stands for any text.
+            type: list
+            elements: str
+            required: true
+          version:
+            description: Their version, which may end in C(*).
+            type: str
+            required: true
       files:
-        description: Content of files by their path.
+        description: Text by path of files that shall have it.
         type: dict
         default: {}
       services:
-        description: Services that are enabled, and started where the kernel module is loaded.
+        description: Units that shall be enabled, and run once the kernel module does.
         type: list
         elements: str
         default: []
       kernel_module:
-        description: Kernel module that the packages bring. It is loaded where none of its name is, which can spare the reboot.
+        description: Kernel module that the packages bring.
         type: str
         default: ""
       kernel_module_version:
-        description: Version that it has to have, or its first numbers.
+        description: The version that shall run.
         type: str
         default: ""
   loaded:
-    description: Whether to fail where the kernel module is not loaded in its version, as after a reboot.
+    description: Fail unless the kernel module runs at its version. For the time after a reboot.
     type: bool
     default: false
   lock_timeout:
-    description: Seconds to wait for another package manager.
+    description: Seconds to wait for another program that holds dpkg's lock.
     type: int
     default: 300
-author:
-  - The onprem.torch maintainers (@onprem-torch)
 attributes:
   check_mode:
-    description: Says what would change and changes nothing.
+    description: Can run in check mode and predict changes.
     support: full
   diff_mode:
-    description: Shows files, versions and holds before and after.
+    description: Shows what changes.
     support: full
 """
 
 EXAMPLES = r"""
-- name: Keep NCCL at one version
+- name: Install NCCL at one version
   onprem.torch.nvidia_packages:
     settings:
       name: nccl
@@ -84,424 +114,402 @@ EXAMPLES = r"""
         key_url: https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/3bf863cc.pub
         key_fingerprint: EB693B3035CD5710E231E123A4B469963BF863CC
       packages:
-        - name: libnccl2
-          version: 2.28.9-1+cuda13.0
+        - {name: libnccl2, version: 2.29.7-1+cuda12.9}
+      pins:
+        - {packages: [libnccl2, libnccl-dev], version: 2.29.7-1+cuda12.9}
 """
 
 RETURN = r"""
-packages:
-  description: Version of each package of the set after the task (before it in check mode).
+installed:
+  description: Packages that were installed or changed, with their versions.
   returned: success
   type: dict
-held:
-  description: Packages on hold that belong to the set.
+removed:
+  description: Packages that gave way.
   returned: success
   type: list
   elements: str
-removed:
-  description: Packages that apt removed since they conflict with the set.
+held:
+  description: Packages that were put on hold.
   returned: success
   type: list
   elements: str
 healed:
-  description: Whether an interrupted installation was completed first.
-  returned: success
-  type: bool
-reboot_reason:
-  description: Why the node has to be rebooted; empty where it has not.
-  returned: success
-  type: str
-missing_services:
-  description: Services that no installed package brings.
+  description: Packages that an interruption had left half done.
   returned: success
   type: list
   elements: str
+reboot_reason:
+  description: Why a reboot is needed; empty where none is.
+  returned: success
+  type: str
 """
 
+import fcntl
 import os
 import re
+import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_url
-from ansible_collections.onprem.torch.plugins.module_utils import apt, openpgp
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, openpgp
+from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
 KEYRINGS = "/etc/apt/keyrings"
-SOURCES = "/etc/apt/sources.list.d"
-PREFERENCES = "/etc/apt/preferences.d"
-REPOSITORY = "onprem-torch-nvidia"
-# What makes a changed file count, by its folder.
-APPLY = {
-    "/etc/modprobe.d": ["update-initramfs", "-u"],
-    "/etc/systemd/logind.conf.d": ["systemctl", "try-reload-or-restart", "systemd-logind.service"],
-}
+SOURCES = "/etc/apt/sources.list.d/onprem-torch-nvidia.sources"
+STATUS = "/var/lib/dpkg/status"
+LOCK = "/var/lib/dpkg/lock-frontend"
+MIB = 1024**2
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
-    "NEEDRESTART_SUSPEND": "1",
     "LC_ALL": "C",
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "NEEDRESTART_SUSPEND": "1",
+    "APT_LISTCHANGES_FRONTEND": "none",
 }
 
 
-class Set:
-    """A set of packages on this node."""
+class Node:
+    """The node's packages, and the changes to them."""
 
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
-        self.params = module.params
-        self.settings: dict[str, t.Any] = module.params["settings"]
-        self.repository: dict[str, str] = self.settings["repository"]
-        self.packages: list[dict[str, str]] = self.settings["packages"]
-        self.kernel_module = self.settings["kernel_module"]
-        self.changed = False
-        self.before: list[str] = []
-        self.after: list[str] = []
-        self.removed: list[str] = []
-        self.healed = False
+        self.settings = module.params["settings"]
+        self.pins = self.settings["pins"] or []
+        self.repository = {key: value for key, value in (self.settings["repository"] or {}).items() if value}
+        self.before: dict[str, str] = {}
+        self.after: dict[str, str] = {}
+        self.result: dict[str, t.Any] = {"installed": {}, "removed": [], "held": [], "healed": [], "reboot_reason": ""}
+        self.undo: list[tuple[str, str | None]] = []
+        self.chosen: list[str] = []
 
-    def run(self, *words: str) -> tuple[int, str, str]:
-        """Run a command and return its status and what it printed."""
-        answer: tuple[int, str, str] = self.module.run_command(list(words), environ_update=ENVIRONMENT)
-        return answer
-
-    def apt_get(self, *words: str) -> tuple[int, str]:
-        """Run apt-get, waiting for another package manager to end."""
-        status, out, err = self.run("apt-get", "-o", f"DPkg::Lock::Timeout={self.params['lock_timeout']}", *words)
-        return status, out + err
-
-    def fail(self, text: str) -> None:
-        """Fail with a sentence."""
-        self.module.fail_json(msg=text)
-
-    def note(self, before: str, after: str) -> None:
-        """Remember a difference."""
-        self.changed = True
-        if before:
-            self.before.append(before)
-        if after:
-            self.after.append(after)
-
-    def installed(self) -> dict[str, apt.Installed]:
-        """Return all packages that dpkg knows."""
-        return apt.parse_installed(self.run("dpkg-query", "--show", f"--showformat={apt.FORMAT}")[1])
-
-    # -- what an interrupted run left -------------------------------------------------------------------------------
-
-    def heal(self, known: t.Mapping[str, apt.Installed]) -> bool:
-        """Complete what a killed dpkg left; return whether there was anything."""
-        journal = [name for name in os.listdir("/var/lib/dpkg/updates") if name.isdigit()] if os.path.isdir("/var/lib/dpkg/updates") else []
-        broken = sorted(name for name, package in known.items() if not package.whole)
-        if not journal and not broken:
-            return False
-        self.healed = True
-        self.note(f"interrupted: {', '.join(broken) or 'dpkg'}", "")
-        if self.module.check_mode:
-            return True
-        status, out, err = self.run("dpkg", "--force-confold", "--configure", "-a")
-        more, text = self.apt_get("--fix-broken", "--yes", "--allow-downgrades", "--allow-change-held-packages", "install")
-        # What was unpacked but never completely can be in neither's hands; the installation that follows replaces it.
-        left = [name for name, package in self.installed().items() if not package.whole]
-        mine = {package["name"] for package in self.packages}
-        if (status or more) and any(name not in mine for name in left):
-            self.fail(
-                f"an interrupted installation ({', '.join(left) or 'dpkg'}) cannot be completed: {apt.install_error(err + out + text)}; "
-                "run dpkg --configure -a on the node and repair what it names"
-            )
-        return True
-
-    # -- files ------------------------------------------------------------------------------------------------------
-
-    def read(self, path: str) -> t.Optional[bytes]:
-        """Return the content of a file, None where there is none."""
-        try:
-            with open(path, "rb") as stream:
-                return stream.read()
-        except FileNotFoundError:
-            return None
-
-    def write(self, path: str, content: t.Optional[bytes]) -> None:
-        """Write a file whole or not at all; None removes it."""
-        if content is None:
-            if os.path.exists(path):
+    def fail(self, text: str) -> t.NoReturn:
+        """End with one sentence; files that this run wrote before anything was installed are put back."""
+        for path, content in reversed(self.undo):
+            if content is None:
                 os.unlink(path)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        partial = f"{path}.onprem-partial"
+            else:
+                self.write(path, content.encode())
+        self.module.fail_json(msg=text, **self.result)
+
+    def packages(self) -> apt_state.Installed:
+        """Return dpkg's state."""
+        return apt_state.parse_status(read_text(STATUS))
+
+    def apt(self, words: t.Sequence[str]) -> tuple[int, str]:
+        """Run apt-get and return its exit status and all it printed."""
+        lock = f"DPkg::Lock::Timeout={self.module.params['lock_timeout']}"
+        command = ["apt-get", "-o", lock, "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", *words]
+        code, out, err = self.module.run_command(command, environ_update=ENVIRONMENT)
+        return code, f"{out}\n{err}"
+
+    def write(self, path: str, content: bytes) -> None:
+        """Replace a file in one step."""
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        partial = f"{path}.partial"
         with open(partial, "wb") as stream:
             stream.write(content)
         os.chmod(partial, 0o644)
-        os.replace(partial, path)
+        os.rename(partial, path)
 
-    def place(self, path: str, content: bytes, show: bool = True) -> bool:
-        """Bring a file to a content; return whether it had another one."""
-        old = self.read(path)
+    def put(self, path: str, content: str) -> None:
+        """Let a file have a content, and note the difference."""
+        old = read_text(path) if os.path.exists(path) else None
         if old == content:
-            return False
-        self.note(f"{path}\n{(old or b'').decode('utf-8', 'replace')}" if old is not None and show else "", f"{path}\n{content.decode('utf-8', 'replace') if show else ''}")
-        if not self.module.check_mode:
-            self.write(path, content)
-        return True
-
-    def apply(self, path: str) -> None:
-        """Make a changed file count, where the program that does so is installed."""
-        words = APPLY.get(os.path.dirname(path))
-        if not words or not self.module.get_bin_path(words[0], opt_dirs=["/usr/sbin", "/sbin"]):
             return
-        status, out, err = self.run(*words)
-        if status != 0:
-            self.fail(f"{' '.join(words)} failed after {path} changed: {(err or out).strip()[-300:]}")
+        self.before[path], self.after[path] = old or "", content
+        if not self.module.check_mode:
+            self.write(path, content.encode())
+            self.undo.append((path, old))
 
-    def keyring_path(self) -> str:
-        """Return the path of the repository's keyring."""
-        return f"{KEYRINGS}/{REPOSITORY}.gpg"
-
-    def sources_path(self) -> str:
-        """Return the path of the repository's source."""
-        return f"{SOURCES}/{REPOSITORY}.sources"
-
-    def key_is_right(self, data: bytes) -> str:
-        """Return why a key is not the expected one; an empty text where it is."""
-        wanted = re.sub(r"\s", "", self.repository.get("key_fingerprint") or "").upper()
+    def key(self) -> str:
+        """Let the repository's key lie on the node, and return its path; any other key is refused."""
+        wanted = self.repository.get("key_fingerprint", "").replace(" ", "").upper()
+        url = self.repository["key_url"]
+        for path in (f"{KEYRINGS}/onprem-torch-nvidia.{end}" for end in ("asc", "gpg")):
+            if os.path.exists(path):
+                with open(path, "rb") as stream:
+                    try:
+                        if openpgp.fingerprints(stream.read()) == [wanted]:
+                            return path
+                    except openpgp.KeyFileError:
+                        pass
+        answer, info = fetch_url(self.module, url, timeout=20)
+        if answer is None or info["status"] not in (200, None):
+            self.fail(
+                f"the key of the repository {self.repository['url']} cannot be fetched from {url} ({info['msg']}); "
+                "correct cuda_repository_key_url, or let this node reach it"
+            )
+        data = answer.read()
         try:
             found = openpgp.fingerprints(data)
-        except openpgp.NoKeyError as error:
-            return f"is no OpenPGP key ({error})"
-        return "" if found == [wanted] else f"has the fingerprint {', '.join(found)}, but {wanted or 'none'} was expected"
+        except openpgp.KeyFileError as error:
+            self.fail(f"{url} is no key for the repository {self.repository['url']} ({error}); correct cuda_repository_key_url")
+        if found != [wanted]:
+            self.fail(
+                f"the key at {url} has the fingerprint {', '.join(found)}, but {wanted or 'a known one'} was expected, so it is "
+                "refused; find out who changed it, and set cuda_repository_key_fingerprint only if you trust it"
+            )
+        path = f"{KEYRINGS}/onprem-torch-nvidia.{'asc' if openpgp.is_armored(data) else 'gpg'}"
+        self.before[path], self.after[path] = "", f"key {wanted}\n"
+        if not self.module.check_mode:
+            self.write(path, data)
+        return path
 
-    def fetch_key(self) -> bytes:
-        """Return the repository's key from its URL or path."""
-        place = self.repository["key_url"]
-        if place.startswith("/"):
-            data = self.read(place)
-            if data is None:
-                self.fail(f"the repository's key {place} is not on the node; correct cuda_repository_key_url")
-        else:
-            answer, info = fetch_url(self.module, place, timeout=30)
-            if info["status"] != 200:
+    def files(self) -> None:
+        """Let the repository, the pins and all other files be as they shall."""
+        if self.repository:
+            self.put(SOURCES, apt_state.source(self.repository["url"], self.key()))
+        if self.pins:
+            self.put(f"/etc/apt/preferences.d/onprem-torch-{self.settings['name']}.pref", apt_state.preferences(self.pins))
+        for path, content in (self.settings["files"] or {}).items():
+            self.put(path, content)
+
+    def heal(self) -> None:
+        """Finish what an interrupted dpkg left half done."""
+        broken = apt_state.broken(self.packages())
+        if not broken and not apt_state.interrupted():
+            return
+        self.result["healed"] = broken or ["dpkg's journal"]
+        self.before["interrupted packages"], self.after["interrupted packages"] = "\n".join(broken) + "\n", ""
+        if self.module.check_mode:
+            return
+        with open(LOCK, "w", encoding="utf-8") as lock:
+            self.wait_for(lock)
+            environment = {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
+            self.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
+        if apt_state.broken(self.packages()):
+            self.hold([], release=True)
+            self.apt(["update"])
+            code, text = self.apt(["install", "--fix-broken", "--yes", *self.options()])
+            left = apt_state.broken(self.packages())
+            if left:
+                # A package that was half unpacked has to be unpacked again.
+                code, text = self.apt(["install", "--reinstall", "--yes", *self.options(), *left])
+                left = apt_state.broken(self.packages())
+            if left:
                 self.fail(
-                    f"the repository's key {place} cannot be read ({info.get('msg', 'no answer')}); check the node's network, "
-                    "or set cuda_repository_url or cluster_mirror to a repository that it reaches"
+                    f"the packages {', '.join(left)} are broken and dpkg --configure -a and apt-get --fix-broken do not "
+                    f"repair them ({apt_state.complaint(text) if code else 'they stay half installed'}); repair them by hand"
                 )
-            data = answer.read()
-        wrong = self.key_is_right(data or b"")
-        if wrong:
-            self.fail(f"the repository's key {place} {wrong}; nothing was changed: correct cuda_repository_key_fingerprint only after checking who changed the key")
-        return openpgp.dearmor(data or b"")
 
-    def provide_repository(self) -> dict[str, t.Optional[bytes]]:
-        """Bring key and source into place and return what was there, by path, where that changed."""
-        if not self.repository or not self.packages:
-            return {}
-        undo: dict[str, t.Optional[bytes]] = {}
-        path = self.keyring_path()
-        old = self.read(path)
-        if old is None or self.key_is_right(old):
-            if self.module.check_mode:
-                self.note("", path)
-            elif self.place(path, self.fetch_key(), show=False):
-                undo[path] = old
-        path = self.sources_path()
-        old = self.read(path)
-        if self.place(path, apt.sources(self.repository, self.keyring_path()).encode()):
-            undo[path] = old
-        return undo
+    def wait_for(self, lock: t.IO[str]) -> None:
+        """Take dpkg's lock, which another program may hold for a while."""
+        end = time.monotonic() + self.module.params["lock_timeout"]
+        while True:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    self.fail(
+                        f"another program has held dpkg's lock for {self.module.params['lock_timeout']} s; "
+                        "wait until it is done (ps -e | grep -E 'apt|dpkg'), then run this again"
+                    )
+                time.sleep(0.5)
 
-    def update(self, undo: t.Mapping[str, t.Optional[bytes]]) -> None:
-        """Read what the repository offers; take its new files back where it cannot be used."""
-        if not self.repository:
-            return
-        url = self.repository["url"]
-        status, text = self.apt_get(
-            "-o", f"Dir::Etc::sourcelist={self.sources_path()}", "-o", "Dir::Etc::sourceparts=-", "-o", "APT::Get::List-Cleanup=0",
-            "-o", "APT::Update::Error-Mode=any", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", "update",
-        )
-        if status == 0:
-            return
-        for path, content in undo.items():
-            self.write(path, content)
-        lock = apt.install_error(text) if "Could not get lock" in text else ""
-        why = lock or apt.update_error(text, url)
-        self.fail(f"{why}; check cuda_repository_url, cuda_repository_key_url and the node's network. Nothing was installed.")
-
-    # -- packages ---------------------------------------------------------------------------------------------------
-
-    def wrong(self, known: t.Mapping[str, apt.Installed]) -> list[dict[str, str]]:
-        """Return the packages that are not completely there in their version."""
+    def options(self) -> list[str]:
+        """Return apt-get's options for every installation."""
         return [
-            package
-            for package in self.packages
-            if package["name"] not in known
-            or not known[package["name"]].whole
-            or not apt.matches(known[package["name"]].version, package["version"])
+            "--no-install-recommends",
+            "--allow-downgrades",
+            "--allow-change-held-packages",
+            *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
         ]
 
-    def mine(self, known: t.Mapping[str, apt.Installed]) -> list[str]:
-        """Return the installed packages that the set holds."""
-        own = [package["name"] for package in self.packages if package["version"] and package["name"] in known]
-        return sorted({*own, *apt.covered(known, self.settings["pins"])})
+    def hold(self, names: t.Sequence[str], release: bool = False) -> None:
+        """Put packages on hold, or release all that the pins name."""
+        chosen = list(names)
+        if release:
+            chosen = [name for name in apt_state.family(self.packages(), self.pins) if self.packages()[name]["want"] == "hold"]
+        if chosen:
+            word = "install" if release else "hold"
+            text = "".join(f"{name} {word}\n" for name in chosen)
+            code, _out, err = self.module.run_command(["dpkg", "--set-selections"], data=text)
+            if code:
+                self.fail(f"dpkg cannot {'release' if release else 'hold'} {', '.join(chosen)} ({err.strip()}); try it by hand")
 
-    def foreign_holds(self, known: t.Mapping[str, apt.Installed], wrong: t.Sequence[t.Mapping[str, str]], first: bool) -> None:
-        """Fail where somebody else holds a package at another version."""
-        held = [f"{package['name']} {known[package['name']].version}" for package in wrong if package["name"] in known and known[package["name"]].held]
-        if held and first:
+    def update(self) -> None:
+        """Read the repository's list; a repository that cannot be read or verified is an error."""
+        if not self.repository:
+            return
+        only = ["-o", f"Dir::Etc::SourceList={SOURCES}", "-o", "Dir::Etc::SourceParts=/dev/null"]
+        code, text = self.apt([*only, "-o", "APT::Get::List-Cleanup=0", "-o", "APT::Update::Error-Mode=any", "update"])
+        if code or apt_state.failed_update(text, self.repository["url"]):
             self.fail(
-                f"{', '.join(held)} is on hold, but not by this collection, and another version is wanted; "
-                "run apt-mark unhold for it on the node, or set the version that it is held at"
+                f"the repository {self.repository['url']} cannot be used ({apt_state.complaint(text)}); "
+                "let this node reach it, or set cuda_repository_url and its key to one that it can use"
             )
 
-    def resolve(self, wrong: t.Sequence[t.Mapping[str, str]]) -> list[str]:
-        """Return the words ``name=version`` for apt-get; fail where the repositories lack one."""
-        offers = apt.parse_madison(self.run("apt-cache", "madison", *[package["name"] for package in wrong])[1])
-        words, lacking = [], []
-        for package in wrong:
-            versions = offers.get(package["name"], [])
-            fitting = [version for version in versions if apt.matches(version, package["version"])]
+    def versions(self, wanted: t.Sequence[t.Mapping[str, str]], strict: bool) -> list[str]:
+        """Return ``name=version`` of packages with the newest version that fits; what is not on offer is an error."""
+        _code, out, _err = self.module.run_command(["apt-cache", "madison", *[entry["name"] for entry in wanted]], environ_update=ENVIRONMENT)
+        offer = apt_state.parse_madison(out)
+        chosen = []
+        for entry in wanted:
+            fitting = [version for version in offer.get(entry["name"], []) if apt_state.fits(version, entry["version"])]
             if fitting:
-                words.append(f"{package['name']}={fitting[0]}")
-            else:
-                there = ", ".join(versions[:4]) or "no version"
-                lacking.append(f"{package['name']} {package['version']} (on offer: {there})".replace("  ", " "))
-        if lacking:
-            where = self.repository.get("url") or "the node's repositories"
-            self.fail(f"{where} lacks {'; '.join(lacking)}; set a version that it has, or another cuda_repository_url")
-        return words
+                chosen.append(f"{entry['name']}={fitting[0]}" if entry["version"] else entry["name"])
+            elif strict:
+                have = ", ".join(offer.get(entry["name"], [])[:5]) or "no version of it"
+                where = self.repository.get("url") or "this node's apt sources"
+                self.fail(
+                    f"{where} has no {entry['name']} {entry['version']} (it has {have}); "
+                    "choose a version that it has, or another repository"
+                )
+        return chosen
 
-    def refresh_system(self) -> None:
-        """Read what the system's own repositories offer, for dependencies. One that fails is its owner's concern."""
-        self.apt_get("update")
+    def room(self, installs: t.Mapping[str, str]) -> None:
+        """Check that the disk has room for what will be downloaded and unpacked."""
+        names = [f"{name}={version}" for name, version in installs.items()]
+        _code, out, _err = self.module.run_command(["apt-cache", "show", *names], environ_update=ENVIRONMENT)
+        download, on_disk = apt_state.parse_sizes(out)
+        for folder, needed in (("/var/cache/apt", download), ("/usr", on_disk)):
+            state = os.statvfs(folder)
+            free = state.f_bavail * state.f_frsize
+            if free < needed:
+                self.fail(
+                    f"{folder} has {free // MIB} MiB free, but {needed // MIB} MiB are needed for {self.settings['name']}; free some space"
+                )
 
-    def install(self, wrong: t.Sequence[t.Mapping[str, str]], undo: t.Mapping[str, t.Optional[bytes]]) -> None:
-        """Install the packages that are wrong, with the others of the set, so that apt solves them together."""
-        self.update(undo)
-        words = self.resolve(wrong)
-        arguments = (
-            "--yes", "--no-install-recommends", "--allow-downgrades", "--allow-change-held-packages",
-            "-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold",
-        )
-        status, text = self.apt_get("--simulate", *arguments, "install", *words)
-        if status != 0:
-            self.refresh_system()
-            status, text = self.apt_get("--simulate", *arguments, "install", *words)
-        if status != 0:
-            self.fail(f"apt cannot install {', '.join(words)}: {apt.install_error(text)}")
-        self.removed = sorted(re.findall(r"^Remv (\S+)", text, re.M))
-        status, text = self.apt_get(*arguments, "install", *words)
-        if status != 0:
-            self.fail(f"apt could not install {', '.join(words)}: {apt.install_error(text)}; run the play again to complete it")
-
-    def hold(self, known: t.Mapping[str, apt.Installed]) -> None:
-        """Hold what belongs to the set."""
-        names = [name for name in self.mine(known) if not known[name].held]
-        if not names:
+    def install(self) -> None:
+        """Bring every package to its version: those that are wanted, and those that a pin names."""
+        state = self.packages()
+        wanted = apt_state.lacking(state, self.settings["packages"] or [])
+        names = {entry["name"] for entry in wanted}
+        torn = [
+            {"name": name, "version": version}
+            for name, version in apt_state.family(state, self.pins).items()
+            if name not in names and not apt_state.fits(state[name]["version"], version)
+        ]
+        if not wanted and not torn:
             return
-        self.note("", "".join(f"hold {name}\n" for name in names))
+        for entry in [*wanted, *torn]:
+            old = apt_state.installed(state, entry["name"])
+            self.before[f"package {entry['name']}"] = f"{old}\n" if old else ""
+            self.after[f"package {entry['name']}"] = f"{entry['version'] or 'any version'}\n"
+            self.result["installed"][entry["name"]] = entry["version"]
+        if self.module.check_mode:
+            return
+        self.update()
+        code, text = self.simulate(wanted, torn)
+        if code:
+            # Dependencies come from the distribution, whose lists may be old or missing.
+            self.apt(["update"])
+            code, text = self.simulate(wanted, torn)
+        if code:
+            self.fail(f"apt cannot install {self.settings['name']} ({apt_state.complaint(text)}); correct what it names, nothing was installed")
+        installs, removes = apt_state.parse_simulation(text)
+        foreign = [name for name in removes if name not in apt_state.family(state, self.pins)]
+        if foreign:
+            self.fail(
+                f"installing {self.settings['name']} would remove {', '.join(foreign)}; remove them yourself if nobody needs them"
+            )
+        self.room(installs)
+        self.undo.clear()
+        self.hold([], release=True)
+        words = ["install", "--yes", *self.options(), *self.chosen]
+        code, text = self.apt(words)
+        if code and re.search(r"404|Failed to fetch", text):
+            self.apt(["update"])
+            code, text = self.apt(words)
+        if code:
+            self.holds()
+            self.fail(f"apt cannot install {self.settings['name']} ({apt_state.complaint(text)}); correct what it names and run this again")
+        self.result["installed"] = installs
+        self.result["removed"] = removes
+
+    def simulate(self, wanted: t.Sequence[dict[str, str]], torn: t.Sequence[dict[str, str]]) -> tuple[int, str]:
+        """Choose exact versions and let apt say what it would do."""
+        if len(self.versions(wanted, strict=False)) < len(wanted):
+            self.apt(["update"])
+        self.chosen = [*self.versions(wanted, strict=True), *self.versions(torn, strict=False)]
+        return self.apt(["install", "--simulate", *self.options(), *self.chosen])
+
+    def holds(self) -> None:
+        """Hold everything that the pins name."""
+        state = self.packages()
+        loose = [name for name in apt_state.family(state, self.pins) if state[name]["want"] != "hold"]
+        if not loose:
+            return
+        self.result["held"] = loose
+        for name in loose:
+            self.before.setdefault(f"hold {name}", "")
+            self.after[f"hold {name}"] = "held\n"
         if not self.module.check_mode:
-            status, out, err = self.run("apt-mark", "hold", *names)
-            if status != 0:
-                self.fail(f"{', '.join(names)} cannot be put on hold: {(err or out).strip()}")
+            self.hold(loose)
 
-    # -- services, driver -------------------------------------------------------------------------------------------
+    def kernel(self) -> None:
+        """Load the kernel module, or say why a reboot is needed."""
+        name, wanted = self.settings["kernel_module"], self.settings["kernel_module_version"]
+        # A container has its host's kernel.
+        if not name or os.path.exists("/run/systemd/container") or os.path.exists("/run/host/container-manager"):
+            return
+        running = read_text(f"/sys/module/{name}/version").strip()
+        if running == wanted:
+            return
+        reason = f"the kernel runs {name} {running}, but {wanted} is installed" if running else ""
+        if not running and os.path.isdir("/sys/module/nouveau"):
+            reason = "the kernel runs nouveau"
+        if not running and not reason and not self.module.check_mode:
+            code, _out, err = self.module.run_command(["modprobe", name])
+            if re.search(r"Key was rejected|Required key not available|Operation not permitted", err):
+                self.fail(
+                    f"the kernel refuses the module {name} ({err.strip()}): Secure Boot does not trust its key; "
+                    "enrol DKMS's key (mokutil --import /var/lib/dkms/mok.pub and a reboot), or switch Secure Boot off"
+                )
+            if code:
+                reason = f"the kernel module {name} cannot be loaded ({err.strip() or 'no reason was given'})"
+            else:
+                self.before[f"kernel module {name}"], self.after[f"kernel module {name}"] = "", "loaded\n"
+                running = read_text(f"/sys/module/{name}/version").strip()
+        self.result["reboot_reason"] = reason
+        if self.module.params["loaded"] and running != wanted:
+            self.fail(
+                f"{name} {wanted} does not run after the reboot ({reason or 'another version runs'}); look at dkms status and dmesg"
+            )
 
-    def serve(self) -> list[str]:
-        """Enable the services and start them where the driver is loaded; return those that do not exist."""
-        names = self.settings["services"]
-        if not names:
-            return []
-        shown = self.run("systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *names)[1]
-        missing = []
-        for block in shown.strip().split("\n\n"):
-            unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
-            name = unit.get("Id", "")
-            if unit.get("LoadState") in ("not-found", "masked"):
-                missing.append(name)
+    def services(self) -> None:
+        """Enable the units, and start them once the module runs."""
+        units = self.settings["services"] or []
+        if not units:
+            return
+        code, out, _err = self.module.run_command(["systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *units])
+        if code:
+            return
+        module = self.settings["kernel_module"]
+        runs = not module or os.path.isdir(f"/sys/module/{module}")
+        for paragraph in out.split("\n\n"):
+            fields = dict(line.partition("=")[::2] for line in paragraph.splitlines() if "=" in line)
+            if fields.get("LoadState") != "loaded":
                 continue
-            enable = unit.get("UnitFileState") == "disabled"
-            start = bool(self.loaded()) and unit.get("ActiveState") not in ("active", "activating")
-            for wanted, word in ((enable, "enable"), (start, "start")):
-                if not wanted:
-                    continue
-                self.note("", f"{word} {name}")
+            words = []
+            if fields["UnitFileState"] in ("disabled", "linked"):
+                words.append("enable")
+            if runs and fields["ActiveState"] in ("inactive", "failed") and not self.result["reboot_reason"]:
+                words.append("start")
+            for word in words:
+                self.before.setdefault(f"unit {fields['Id']}", "")
+                self.after[f"unit {fields['Id']}"] = self.after.get(f"unit {fields['Id']}", "") + f"{word}\n"
                 if self.module.check_mode:
                     continue
-                status, out, err = self.run("systemctl", word, name)
-                if status != 0:
-                    self.fail(f"{name} does not {word}: {(err or out).strip()}; see journalctl -u {name} on the node")
-        return missing
+                code, _out, err = self.module.run_command(["systemctl", word, fields["Id"]])
+                if code:
+                    self.fail(f"{fields['Id']} cannot be {word}ed ({err.strip()}); look at journalctl -u {fields['Id']}")
 
-    def loaded(self) -> str:
-        """Return the version of the loaded kernel module; empty where none is loaded."""
-        name = self.kernel_module or "nvidia"
-        return (self.read(f"/sys/module/{name}/version") or b"").decode().strip()
-
-    def load(self) -> str:
-        """Load the kernel module where none is loaded; return why the node has to be rebooted."""
-        if not self.kernel_module:
-            return ""
-        wanted = self.settings["kernel_module_version"]
-        loaded = self.loaded()
-        if loaded and (loaded == wanted or loaded.startswith(f"{wanted}.") or not wanted):
-            return ""
-        if loaded:
-            return f"{self.kernel_module} {loaded} is loaded, but {wanted} is installed"
-        if os.path.isdir("/sys/module/nouveau"):
-            return "nouveau holds the GPUs"
-        if self.module.check_mode:
-            return ""
-        status, out, err = self.run("modprobe", self.kernel_module)
-        if status != 0:
-            words = " ".join((err or out).split()) or "modprobe gave no reason"
-            return f"{self.kernel_module} cannot be loaded ({words})"
-        self.note("", f"load {self.kernel_module}")
-        return ""
-
-    def check_loaded(self, reason: str) -> None:
-        """Fail where the kernel module is still not the wanted one."""
-        if self.params["loaded"] and reason:
-            self.fail(f"after the reboot {reason}; look at dkms status and journalctl -k on the node (Secure Boot refuses modules whose key is not enrolled)")
-
-    def bring(self) -> dict[str, t.Any]:
-        """Bring the node to the wanted state and return what the module answers."""
-        known = self.installed() if self.packages else {}
-        if self.packages and self.heal(known) and not self.module.check_mode:
-            known = self.installed()
-        wrong = self.wrong(known)
-        first = not os.path.exists(f"{PREFERENCES}/onprem-torch-{self.settings['name']}.pref")
-        self.foreign_holds(known, wrong, first)
-        undo = self.provide_repository()
-        pins = [(package["name"], package["version"]) for package in self.packages if package["version"]]
-        pins += [(" ".join(rule["packages"]), rule["version"]) for rule in self.settings["pins"]]
-        if pins:
-            path = f"{PREFERENCES}/onprem-torch-{self.settings['name']}.pref"
-            old = self.read(path)
-            if self.place(path, apt.preferences(pins).encode()):
-                undo[path] = old
-        for package in wrong:
-            have = known[package["name"]].version if package["name"] in known else ""
-            self.note(f"{package['name']} {have}" if have else "", f"{package['name']} {package['version']}".strip())
-        if wrong and not self.module.check_mode:
-            self.install(wrong, undo)
-            known = self.installed()
-            still = [f"{package['name']} {package['version']}" for package in self.wrong(known)]
-            if still:
-                self.fail(f"apt reported success, but {', '.join(still)} is not installed; look at apt-cache policy on the node")
-        self.hold(known)
-        for path, content in self.settings["files"].items():
-            if self.place(path, content.encode()) and not self.module.check_mode:
-                self.apply(path)
-        reboot = self.load()
-        self.check_loaded(reboot)
-        missing = self.serve()
-        after = self.installed() if self.packages and self.changed and not self.module.check_mode else known
-        return {
-            "changed": self.changed,
-            "packages": {package["name"]: after[package["name"]].version if package["name"] in after else "" for package in self.packages},
-            "held": [name for name in self.mine(after) if after[name].held],
-            "removed": self.removed,
-            "healed": self.healed,
-            "reboot_reason": reboot,
-            "missing_services": missing,
-            "diff": {"before": "\n".join(self.before) + "\n", "after": "\n".join(self.after) + "\n"} if self.changed else {"before": "", "after": ""},
-        }
+    def run(self) -> None:
+        """Do it all, in the order in which it can be interrupted and done again."""
+        if not os.path.exists(STATUS):
+            self.fail("this node has no dpkg, but Debian or Ubuntu was expected; set nvidia_driver_manage: false, cuda_toolkit: false")
+        self.heal()
+        self.files()
+        self.install()
+        self.holds()
+        self.kernel()
+        self.services()
+        changed = {key for key in self.after if self.before.get(key, "") != self.after[key]}
+        diff = [{"before_header": key, "after_header": key, "before": self.before.get(key, ""), "after": self.after[key]} for key in sorted(changed)]
+        self.module.exit_json(changed=bool(changed), diff=diff, **self.result)
 
 
 def main() -> None:
@@ -512,9 +520,30 @@ def main() -> None:
                 "required": True,
                 "options": {
                     "name": {"type": "str", "required": True},
-                    "repository": {"type": "dict", "default": {}},
-                    "packages": {"type": "list", "elements": "dict", "default": []},
-                    "pins": {"type": "list", "elements": "dict", "default": []},
+                    "repository": {
+                        "type": "dict",
+                        "default": {},
+                        "options": {
+                            "url": {"type": "str"},
+                            "key_url": {"type": "str", "no_log": False},
+                            "key_fingerprint": {"type": "str", "no_log": False},
+                        },
+                    },
+                    "packages": {
+                        "type": "list",
+                        "elements": "dict",
+                        "default": [],
+                        "options": {"name": {"type": "str", "required": True}, "version": {"type": "str", "default": ""}},
+                    },
+                    "pins": {
+                        "type": "list",
+                        "elements": "dict",
+                        "default": [],
+                        "options": {
+                            "packages": {"type": "list", "elements": "str", "required": True},
+                            "version": {"type": "str", "required": True},
+                        },
+                    },
                     "files": {"type": "dict", "default": {}},
                     "services": {"type": "list", "elements": "str", "default": []},
                     "kernel_module": {"type": "str", "default": ""},
@@ -526,7 +555,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    module.exit_json(**Set(module).bring())
+    Node(module).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 ROLES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "roles")
+MANIFEST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "versions.yml")
 # The lab's variables describe the machine that boots the lab, not the cluster.
 NOT_OF_THE_CLUSTER = frozenset({"lab"})
 

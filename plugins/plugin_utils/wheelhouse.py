@@ -42,6 +42,8 @@ def command(
     """Return the pip command that downloads wheels for a node into a folder."""
     minor = ".".join(str(platform["python"]).split(".")[:2])
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, "--only-binary=:all:"]
+    # pip asks every index for every package, so one that cannot be reached must be given up quickly.
+    words += ["--retries", "1", "--timeout", "10"]
     words += ["--implementation", "cp", "--python-version", minor]
     for tag in platforms(platform["architecture"], platform["glibc"]):
         words += ["--platform", tag]

@@ -1,212 +1,244 @@
-"""What of NVIDIA's software a node gets: hardware x distribution x variables, as tables."""
+"""Every decision: hardware × distribution × variables → packages, services, reboot, problems."""
 
 from __future__ import annotations
 
-import typing as t
-
-import hardware_trees
+import hardware_trees as trees
 import pytest
+import yaml
 from ansible_collections.onprem.torch.plugins.module_utils import hardware, nvidia
-from ansible_collections.onprem.torch.plugins.plugin_utils import manifest
+from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+from builders import RELEASE, host, node
 
-MANIFEST = manifest.load()
-A100, H100, B200, L40S, V100, RTX5090 = "0x20b2", "0x2330", "0x2901", "0x26b9", "0x1db5", "0x2b85"
-TORCH = "2.13.0"
-
-
-def machine(tmp_path: t.Any, **shape: t.Any) -> dict[str, t.Any]:
-    return hardware.collect(root=str(hardware_trees.machine(tmp_path, **shape)))
-
-
-def node(found: dict[str, t.Any], distribution: str = "debian-12", **changes: t.Any) -> dict[str, t.Any]:
-    name, version = distribution.split("-")
-    return {
-        "hardware": found,
-        "distribution": {"id": name, "version": version, "name": f"{name} {version}"},
-        "architecture": "x86_64",
-        "kernel": "6.1.0-1-amd64",
-        "disk": {},
-        **changes,
-    }
+with open(catalog.MANIFEST, encoding="utf-8") as _stream:
+    MANIFEST = yaml.safe_load(_stream)
+DEBIAN = {"id": "debian", "version": "12", "name": "Debian GNU/Linux 12 (bookworm)"}
+TRIXIE = {"id": "debian", "version": "13", "name": "Debian GNU/Linux 13 (trixie)"}
+JAMMY = {"id": "ubuntu", "version": "22.04", "name": "Ubuntu 22.04.5 LTS"}
+NOBLE = {"id": "ubuntu", "version": "24.04", "name": "Ubuntu 24.04.3 LTS"}
+ROCKY = {"id": "rocky", "version": "9.5", "name": "Rocky Linux 9.5"}
+H100 = {"gpus": 8, "device": "0x2330", "switches": 4}
+A100 = {"gpus": 8, "device": "0x20b2", "switches": 6}
+B200 = {"gpus": 8, "device": "0x2901", "bridges": 4}
+L40S = {"gpus": 4, "device": "0x26b9"}
+V100 = {"gpus": 4, "device": "0x1db5"}
 
 
-def decide(found: dict[str, t.Any], distribution: str = "debian-12", changes: t.Any = None, **variables: t.Any) -> tuple[dict[str, t.Any], list[str]]:
-    made = {"pytorch_version": TORCH, **variables}
-    decisions, problems = nvidia.decide_all({"n1": (node(found, distribution, **(changes or {})), made)}, MANIFEST)
-    return decisions["n1"], [problem.sentence() for problem in problems]
+def found(folder, machine, distribution=None, **changes):
+    made = node(distribution=distribution or DEBIAN, architecture="x86_64", kernel="6.1.0-30-amd64")
+    made["hardware"] = {**hardware.collect(str(trees.machine(folder, **machine))), **changes}
+    return made
 
 
-def names(packages: list[dict[str, str]]) -> list[str]:
-    return [package["name"] for package in packages]
+def decide(findings, **variables):
+    variables = host("n1", found=findings, **variables).variables
+    line, decisions, problems = nvidia.decide_all([("n1", variables, findings)], MANIFEST, {"n1": "ib0"})
+    return line, decisions.get("n1", {}), [problem.sentence() for problem in problems]
 
 
-# shape of the machine, distribution, line, kernel modules, packages beside the headers, services beside persistenced
-TABLE = [
-    ("1xH100", {"gpus": 1, "device": H100}, "debian-12", "13.2", "open", ["nvidia-kernel-open-dkms", "nvidia-driver-cuda"], []),
-    ("8xA100", {"gpus": 8, "device": A100, "switches": 6}, "ubuntu-22.04", "13.2", "open", ["nvidia-dkms-open", "libnvidia-compute", "nvidia-fabricmanager"], ["fm"]),
-    ("8xH100", {"gpus": 8, "device": H100, "switches": 4}, "debian-13", "13.2", "open", ["nvidia-kernel-open-dkms", "nvidia-driver-cuda", "nvidia-fabricmanager"], ["fm"]),
-    ("8xH100", {"gpus": 8, "device": H100, "switches": 4}, "ubuntu-24.04", "13.2", "open", ["nvidia-dkms-open", "libnvidia-compute", "nvidia-fabricmanager"], ["fm"]),
-    ("8xB200", {"gpus": 8, "device": B200, "bridges": 4}, "ubuntu-24.04", "13.2", "open", ["nvidia-dkms-open", "libnvidia-compute", "nvidia-fabricmanager", "nvlsm", "libnvsdm"], ["fm"]),
-    ("4xL40S", {"gpus": 4, "device": L40S}, "debian-12", "13.2", "open", ["nvidia-kernel-open-dkms", "nvidia-driver-cuda"], []),
-    # Volta: no torch for CUDA 13, no open modules, no branch after 580.
-    ("4xV100", {"gpus": 4, "device": V100}, "debian-12", "12.6", "proprietary", ["nvidia-kernel-dkms", "nvidia-driver-cuda"], []),
-    ("4xV100", {"gpus": 4, "device": V100}, "ubuntu-22.04", "12.6", "proprietary", ["nvidia-dkms-580", "libnvidia-compute-580", "nvidia-utils-580", "nvidia-compute-utils-580"], []),
-    ("2x5090", {"gpus": 2, "device": RTX5090}, "ubuntu-24.04", "13.2", "open", ["nvidia-dkms-open", "libnvidia-compute"], []),
-]
+def names(decision):
+    return [entry["name"] for entry in decision["driver"]["settings"]["packages"]]
 
 
-@pytest.mark.parametrize(("shape", "distribution", "line", "modules", "packages", "services"), [row[1:] for row in TABLE], ids=[f"{row[0]}-{row[2]}" for row in TABLE])
-def test_a_bare_node_gets_the_newest_line_that_fits(tmp_path, shape, distribution, line, modules, packages, services):
-    decision, problems = decide(machine(tmp_path, **shape), distribution)
+@pytest.mark.parametrize(
+    ("machine", "distribution", "modules", "packages", "fabric"),
+    [
+        (H100, DEBIAN, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager"], True),
+        (A100, TRIXIE, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager"], True),
+        (L40S, DEBIAN, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"], False),
+        (V100, DEBIAN, "proprietary", ["nvidia-driver-cuda", "nvidia-kernel-dkms", "nvidia-persistenced"], False),
+        (H100, NOBLE, "open", ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-fabricmanager"], True),
+        (
+            B200,
+            NOBLE,
+            "open",
+            ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-fabricmanager", "nvlsm"],
+            True,
+        ),
+        (V100, JAMMY, "proprietary", ["nvidia-headless-580", "nvidia-utils-580", "nvidia-compute-utils-580"], False),
+    ],
+)
+def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, machine, distribution, modules, packages, fabric):
+    _line, decision, problems = decide(found(tmp_path, machine, distribution))
     assert problems == []
-    assert decision["line"] == line
     assert decision["driver"]["action"] == "install"
-    assert decision["driver"]["modules"] == modules
-    assert names(decision["driver"]["packages"]) == ["linux-headers-6.1.0-1-amd64", *packages]
-    wanted = {"fm": "nvidia-fabricmanager.service"}
-    assert decision["driver"]["services"] == ["nvidia-persistenced.service", *(wanted[word] for word in services)]
-    version = MANIFEST["lines"][line]["driver"]
-    pinned = [package["version"] for package in decision["driver"]["packages"] if package["name"].startswith(("nvidia-", "libnvidia-"))]
-    assert set(pinned) == {f"{version}-*"}
-
-
-def test_a_node_without_a_gpu_gets_nothing(tmp_path):
-    decision, problems = decide(machine(tmp_path))
-    assert (decision["line"], decision["skip"], decision["driver"]["action"], problems) == ("cpu", True, "none", [])
-    assert decision["torch_index"].endswith("/whl/cpu")
-
-
-def test_a_node_without_a_gpu_gets_the_driver_where_it_is_asked_for(tmp_path):
-    decision, problems = decide(machine(tmp_path), cuda_version="13.0", nvidia_driver_without_gpu=True)
-    assert decision["driver"]["action"] == "install" and problems == []
+    assert decision["driver"]["kernel_modules"] == modules
+    assert names(decision) == ["linux-headers-6.1.0-30-amd64", *packages]
+    settings = decision["driver"]["settings"]
+    versions = {entry["version"] for entry in settings["packages"] if entry["name"].startswith("nvidia")}
+    assert versions == {"580.105.08-*"}
+    assert settings["pins"][0]["version"] == "580.105.08-*"
+    assert ("nvidia-fabricmanager.service" in settings["services"]) is fabric
+    folder = {"12": "debian12", "13": "debian13", "22.04": "ubuntu2204", "24.04": "ubuntu2404"}[distribution["version"]]
+    assert settings["repository"]["url"] == f"https://developer.download.nvidia.com/compute/cuda/repos/{folder}/x86_64/"
 
 
 @pytest.mark.parametrize(
-    ("driver", "variables", "action", "version"),
+    ("machine", "variables", "line"),
     [
-        ("580.126.09", {}, "keep", "580.126.09"),
-        ("580.126.09", {"nvidia_driver_version": "580.95.05"}, "install", "580.95.05"),
-        ("580.126.09", {"nvidia_driver_version": "580"}, "install", "580"),
-        ("550.54.15", {}, "install", "595.71.05"),
-        ("550.54.15", {"cuda_version": "12.6"}, "keep", "550.54.15"),
-        ("470.82.01", {"cuda_version": "12.6"}, "install", "580.159.03"),
-        ("595.71.05", {}, "install", "595.71.05"),
+        (H100, {}, "13.0"),
+        (B200, {}, "13.0"),
+        (V100, {}, "12.9"),
+        ({"gpus": 1, "device": "0x15f8"}, {}, "12.6"),
+        (H100, {"cuda_version": "12.6"}, "12.6"),
+        (H100, {"pytorch_version": "2.6.0"}, "12.6"),
+        (H100, {"pytorch_version": "2.7.1"}, "12.8"),
+        ({}, {}, "cpu"),
     ],
 )
-def test_a_good_driver_is_left_alone(tmp_path, driver, variables, action, version):
-    decision, problems = decide(machine(tmp_path, gpus=8, device=H100, switches=4, driver=driver), **variables)
+def test_the_newest_line_that_fits_is_taken(tmp_path, machine, variables, line):
+    chosen, _decision, problems = decide(found(tmp_path, machine), **variables)
     assert problems == []
-    assert (decision["driver"]["action"], decision["driver"]["version"]) == (action, version)
-    manager = [package for package in decision["driver"]["packages"] if package["name"] == "nvidia-fabricmanager" or "fabricmanager-" in package["name"]]
-    assert [package["version"] for package in manager] == [nvidia.pattern(version)], "the fabric manager has the driver's own version"
-
-
-def test_only_another_driver_or_nouveau_need_a_reboot(tmp_path):
-    fresh = machine(tmp_path / "a", gpus=1)
-    assert decide(fresh)[0]["reboot"] is False
-    fresh["driver"]["nouveau"] = True
-    assert decide(fresh)[0]["reboot"] is True
-    old = machine(tmp_path / "b", gpus=1, driver="470.82.01")
-    assert decide(old)[0]["reboot"] is True
-    right = machine(tmp_path / "c", gpus=1, driver=MANIFEST["lines"]["13.2"]["driver"])
-    assert decide(right)[0]["reboot"] is False
+    assert chosen["name"] == line
+    assert chosen["torch_index"].endswith("cpu" if line == "cpu" else "cu" + line.replace(".", ""))
 
 
 @pytest.mark.parametrize(
-    ("shape", "variables", "sentence"),
+    ("machine", "variables", "words"),
     [
-        ({"gpus": 1}, {"cuda_version": "12.7"}, "cuda_version is '12.7', but one of 12.6, 12.8, 13.0, 13.2, cpu was expected; set cuda_version: '12.6', the nearest."),
-        ({"gpus": 1}, {"cuda_version": "14.0"}, "cuda_version is '14.0', but one of 12.6, 12.8, 13.0, 13.2, cpu was expected; set cuda_version: '13.0', the nearest."),
-        ({"gpus": 1}, {"cuda_version": "12.8"}, "pytorch_version is 2.13.0, which has no wheels for CUDA 12.8; set cuda_version: '13.2' or one of the torch versions 2.11.0, 2.10.0, 2.9.1, 2.8.0."),
-        (
-            {"gpus": 1, "device": V100},
-            {"cuda_version": "13.0"},
-            "n1: NVIDIA Tesla V100 SXM2 32GB (compute capability 7.0) is too old for CUDA 13.0, whose torch wheels are built for 7.5 to 12.1; set cuda_version: '12.6'.",
-        ),
-        (
-            {"gpus": 8, "device": B200, "bridges": 4},
-            {"cuda_version": "12.6"},
-            "n1: NVIDIA B200 (compute capability 10.0) is too new for CUDA 12.6, whose torch wheels are built for 5.0 to 9.0; set cuda_version: '13.2'.",
-        ),
-        (
-            {"gpus": 8, "device": B200, "bridges": 4},
-            {"nvidia_driver_modules": "proprietary"},
-            "n1: nvidia_driver_modules is proprietary, but blackwell GPUs need the open kernel modules; set nvidia_driver_modules: auto.",
-        ),
-        (
-            {"gpus": 1, "device": H100, "driver": "550.54.15"},
-            {"cuda_version": "13.0", "nvidia_driver_manage": False},
-            "n1: its NVIDIA driver is 550.54.15, but CUDA 13.0 needs 580.65.06 or newer; let nvidia_driver_manage be true, or update the driver yourself, or cuda_version: '12.8'.",
-        ),
-        (
-            {"gpus": 1, "device": H100},
-            {"nvidia_driver_manage": False, "cuda_version": "13.0"},
-            "n1: it has no NVIDIA driver and nvidia_driver_manage is false; install a driver or set nvidia_driver_manage: true.",
-        ),
-        (
-            {"gpus": 1, "device": H100},
-            {"nvidia_driver_version": "550.54.15", "cuda_version": "13.0"},
-            "n1: nvidia_driver_version is 550.54.15, but CUDA 13.0 needs 580.65.06 or newer; set nvidia_driver_version: 580.159.03, or cuda_version: '12.8'.",
-        ),
-        (
-            {"gpus": 1, "device": V100},
-            {"nvidia_driver_version": "595.71.05", "cuda_version": "12.6"},
-            "n1: nvidia_driver_version is 595.71.05, but branch 580 is the last that knows Volta GPUs; set nvidia_driver_version: 580.159.03.",
-        ),
+        (H100, {"cuda_version": "12.7"}, ["cuda_version is '12.7'", "13.0, 12.9, 12.8, 12.6, cpu", "nearest"]),
+        (V100, {"cuda_version": "13.0"}, ["n1: ", "V100", "sm_70", "not supported", "cuda_version: '12.9'"]),
+        (B200, {"cuda_version": "12.6"}, ["B200", "sm_100", "cuda_version: '13.0'"]),
+        (H100, {"cuda_version": "12.8"}, ["pytorch_version is 2.13.0", "2.7.0 to 2.11.0", "cuda_version: '13.0'"]),
+        (H100, {"nvidia_driver_manage": False}, ["no driver", "nvidia_driver_manage: true"]),
+        (H100, {"nvidia_driver_version": "580"}, ["nvidia_driver_version is '580'", "all of its numbers"]),
+        (H100, {"nvidia_driver_version": "570.86.15", "cuda_version": "13.0"}, ["570.86.15", "CUDA 13.0 needs 580.65.06"]),
+        (V100, {"nvidia_driver_version": "590.44.01"}, ["590.44.01", "last one", "sm_70"]),
+        (B200, {"nvidia_driver_version": "550.90.07", "cuda_version": "12.9"}, ["Blackwell", "570"]),
+        (V100, {"nvidia_driver_kernel_modules": "open"}, ["open modules need Turing", "proprietary"]),
+        (B200, {"nvidia_driver_kernel_modules": "proprietary"}, ["Blackwell", "open modules only"]),
+        (H100, {"cuda_repository_key_fingerprint": "abc"}, ["40 hexadecimal digits"]),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, shape, variables, sentence):
-    _decision, problems = decide(machine(tmp_path, **shape), **variables)
-    assert problems == [sentence]
+def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, machine, variables, words):
+    _line, _decision, problems = decide(found(tmp_path, machine), **variables)
+    assert len(problems) == 1, problems
+    assert all(word in problems[0] for word in words), problems[0]
+    assert problems[0].count("\n") == 0 and problems[0].endswith(".")
 
 
-def test_a_foreign_driver_lowers_the_line_that_is_chosen(tmp_path):
-    found = machine(tmp_path, gpus=8, device=H100, driver="550.54.15")
-    decision, problems = decide(found, nvidia_driver_manage=False)
-    assert (decision["line"], decision["driver"]["action"], problems) == ("12.6", "check", [])
+def test_an_unknown_distribution_is_told_of_the_way_out(tmp_path):
+    _line, _decision, problems = decide(found(tmp_path, H100, ROCKY))
+    assert len(problems) == 1 and "Rocky Linux" in problems[0] and "nvidia_driver_manage: false" in problems[0]
 
 
-def test_an_unknown_distribution_is_named(tmp_path):
-    _decision, problems = decide(machine(tmp_path, gpus=1), "fedora-40")
-    assert len(problems) == 1 and "fedora 40 on x86_64 has no repository in the manifest" in problems[0]
-
-
-def test_no_space_for_the_toolkit_is_named(tmp_path):
-    _decision, problems = decide(machine(tmp_path, gpus=1), changes={"disk": {"/usr/local": 10**9}}, cuda_toolkit=True)
-    assert problems == ["n1: /usr/local has 1.0 GB free, but cuda-toolkit-13-2 takes about 8 GB; free space, or set cuda_toolkit: false, since torch needs no toolkit."]
-
-
-@pytest.mark.parametrize(
-    ("distribution", "url", "key"),
-    [
-        ("debian-12", "https://developer.download.nvidia.com/compute/cuda/repos/debian12/x86_64/", "3bf863cc.pub"),
-        ("debian-13", "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/", "8793F200.pub"),
-        ("ubuntu-22.04", "https://developer.download.nvidia.com/compute/cuda/repos/ubuntu2204/x86_64/", "3bf863cc.pub"),
-        ("ubuntu-24.04", "https://developer.download.nvidia.com/compute/cuda/repos/ubuntu2404/x86_64/", "3bf863cc.pub"),
-    ],
-)
-def test_the_repository_follows_the_distribution(tmp_path, distribution, url, key):
-    found = machine(tmp_path, gpus=1)
-    source = decide(found, distribution)[0]["repository"]
-    assert (source["url"], source["key"]) == (url, url + key)
-    mirrored = decide(found, distribution, cluster_mirror="http://198.18.0.1/mirror")[0]["repository"]
-    assert mirrored["url"] == url.replace("https://", "http://198.18.0.1/mirror/") and mirrored["fingerprint"] == source["fingerprint"]
-
-
-def test_a_container_keeps_its_hosts_driver(tmp_path):
-    hardware_trees.machine(tmp_path, gpus=8, device=H100, switches=4, driver="580.126.09", visible=[3])
-    hardware_trees.put(tmp_path, "run/systemd/container", "systemd-nspawn\n")
-    decision, problems = decide(hardware.collect(root=str(tmp_path)), cuda_version="13.0")
+def test_an_unknown_distribution_with_a_good_driver_is_fine(tmp_path):
+    _line, decision, problems = decide(found(tmp_path, {**H100, "driver": "580.65.06"}, ROCKY))
     assert problems == []
-    assert (decision["gpus"], decision["driver"]["action"], decision["fabric_manager"], decision["driver"]["packages"]) == (1, "check", False, [])
+    assert decision["driver"]["action"] == "keep"
 
 
-def test_the_manifest_is_consistent():
+def test_a_good_driver_is_left_alone(tmp_path):
+    _line, decision, problems = decide(found(tmp_path, {**L40S, "driver": "580.159.04"}))
+    assert problems == []
+    assert (decision["driver"]["action"], decision["driver"]["wanted"]) == ("keep", False)
+
+
+def test_our_own_driver_is_kept_in_shape(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, {**L40S, "driver": "580.105.08"}))
+    assert decision["driver"]["wanted"] and not decision["driver"]["reboot_expected"]
+
+
+def test_a_driver_that_is_asked_for_by_version_replaces_a_good_one(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, {**L40S, "driver": "580.159.04"}), nvidia_driver_version="580.105.08")
+    assert decision["driver"]["wanted"] and decision["driver"]["reboot_expected"]
+
+
+@pytest.mark.parametrize("state", ["old", "mismatch"])
+def test_an_old_or_torn_driver_is_replaced(tmp_path, state):
+    findings = found(tmp_path, {**L40S, "driver": "535.54.03" if state == "old" else "580.65.06"})
+    findings["hardware"]["driver"]["mismatch"] = state == "mismatch"
+    _line, decision, problems = decide(findings)
+    assert problems == []
+    assert decision["driver"]["wanted"] and decision["driver"]["reboot_expected"]
+
+
+def test_proprietary_modules_on_blackwell_are_replaced(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, {**B200, "driver": "590.44.01", "open_modules": False}))
+    assert decision["driver"]["action"] == "install" and decision["driver"]["kernel_modules"] == "open"
+
+
+def test_somebody_elses_driver_is_checked_only(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "550.90.07"})
+    line, decision, problems = decide(findings, nvidia_driver_manage=False)
+    # 550 runs every line of CUDA 12 by minor-version compatibility, which is worth saying.
+    assert problems == [] and line["name"] == "12.9"
+    assert decision["driver"]["action"] == "check" and not decision["driver"]["wanted"]
+    assert "minor-version" in decision["advice"][0]
+
+
+def test_a_driver_of_somebody_else_that_is_too_old_is_named_with_a_line_that_fits(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "550.90.07"})
+    _line, _decision, problems = decide(findings, nvidia_driver_manage=False, cuda_version="13.0")
+    assert len(problems) == 1 and "550.90.07" in problems[0] and "580.65.06" in problems[0] and "'12.9'" in problems[0]
+
+
+def test_nouveau_means_a_reboot(tmp_path):
+    findings = found(tmp_path, L40S)
+    findings["hardware"]["driver"]["nouveau"] = True
+    _line, decision, _problems = decide(findings)
+    assert decision["driver"]["reboot_expected"] and "nouveau" in decision["advice"][0]
+
+
+def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, {**H100, "driver": "580.159.04"}))
+    assert "fabric manager" in decision["advice"][0]
+
+
+def test_the_fabric_manager_follows_the_variable(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_fabric_manager="absent")
+    assert "nvidia-fabricmanager" not in names(decision)
+
+
+def test_packages_of_the_users_choice(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_packages=["cuda-drivers=580.65.06-1", "linux-headers-amd64"])
+    assert decision["driver"]["settings"]["packages"] == [
+        {"name": "cuda-drivers", "version": "580.65.06-1"},
+        {"name": "linux-headers-amd64", "version": ""},
+    ]
+
+
+def test_a_cpu_cluster_is_asked_for_nothing(tmp_path):
+    line, decision, problems = decide(found(tmp_path, {}), cuda_toolkit=True, nccl_library=True)
+    assert problems == [] and line["torch_index"] == "https://download.pytorch.org/whl/cpu"
+    assert not any(decision[role]["wanted"] for role in ("driver", "cuda", "nccl"))
+
+
+def test_the_toolkit_and_nccl_of_the_line(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, H100), cuda_version="12.9", cuda_toolkit=True, nccl_library=True)
+    assert decision["cuda"]["settings"]["packages"] == [{"name": "cuda-toolkit-12-9", "version": "12.9.1-*"}]
+    assert {entry["version"] for entry in decision["nccl"]["settings"]["packages"]} == {"2.29.7-1+cuda12.9"}
+
+
+def test_nccl_conf_names_the_training_interface_unless_the_user_does(tmp_path):
+    findings = found(tmp_path, H100)
+    _line, decision, _problems = decide(findings, nccl_configuration={"NCCL_IB_HCA": "mlx5"})
+    text = decision["nccl"]["settings"]["files"]["/etc/nccl.conf"]
+    assert "NCCL_IB_HCA=mlx5\nNCCL_SOCKET_IFNAME==ib0\n" in text
+    _line, decision, _problems = decide(findings, nccl_configuration={"NCCL_SOCKET_IFNAME": "eth9"})
+    assert "NCCL_SOCKET_IFNAME=eth9\n" in decision["nccl"]["settings"]["files"]["/etc/nccl.conf"]
+
+
+def test_one_old_gpu_decides_the_line_of_the_whole_cluster(tmp_path):
+    new, old = found(tmp_path / "a", H100), found(tmp_path / "b", V100)
+    nodes = [(name, host(name, found=each).variables, each) for name, each in (("n1", new), ("n2", old))]
+    line, _decisions, problems = nvidia.decide_all(nodes, MANIFEST, {})
+    assert problems == [] and line["name"] == "12.9"
+
+
+def test_the_plan_carries_line_and_decision(tmp_path):
+    each = host("n1", found=found(tmp_path, H100))
+    plan, problems = planning.make("train", [each], RELEASE, MANIFEST)
+    assert problems == []
+    assert plan["nodes"]["n1"]["nvidia"]["driver"]["action"] == "install"
+    assert plan["nodes"]["n1"]["pytorch"]["extra_index_urls"] == ["https://download.pytorch.org/whl/cu130"]
+    assert plan["nodes"]["n1"]["nproc"] == 8
+
+
+def test_every_line_of_the_manifest_is_whole():
     for name, line in MANIFEST["lines"].items():
-        assert nvidia.at_least(line["driver"], line["driver_minimum"]), name
-        assert line["toolkit"]["package"] == f"cuda-toolkit-{name.replace('.', '-')}"
-        assert line["toolkit"]["version"].startswith(f"{name}.")
-        assert line["torch_index"].endswith(f"/cu{name.replace('.', '')}")
-        assert line["torch"] and line["capabilities"][0] < line["capabilities"][1]
-    for entry in MANIFEST["distributions"].values():
-        assert entry["names"] in MANIFEST["names"] and entry["key"] in MANIFEST["repository"]["keys"]
+        assert line["torch_index"].endswith("cpu" if name == "cpu" else "cu" + name.replace(".", ""))
+        if name != "cpu":
+            assert nvidia.numbers(line["compatible_driver"]) <= nvidia.numbers(line["minimum_driver"])
+            assert nvidia.numbers(line["minimum_driver"]) <= nvidia.numbers(MANIFEST["driver"]["version"])
+            assert line["nccl_version"].split("+cuda")[1] == name

@@ -1,0 +1,135 @@
+# Copyright: Contributors to the onprem.torch project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What dpkg and apt say, parsed: installed packages, versions on offer, simulations, errors."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import typing as t
+
+# dpkg(1): every other state of a package is one that an interruption leaves behind.
+WHOLE = frozenset({"installed", "config-files", "not-installed", "triggers-pending", "triggers-awaited"})
+Installed = t.Dict[str, t.Dict[str, str]]
+
+
+def parse_status(text: str) -> Installed:
+    """Return ``want``, ``flag``, ``state`` and ``version`` by package from /var/lib/dpkg/status.
+
+    A package of several architectures is listed once for each; the first one that is installed counts.
+    """
+    found: Installed = {}
+    for paragraph in text.split("\n\n"):
+        fields = dict(re.findall(r"^(Package|Status|Version): (.*)$", paragraph, re.MULTILINE))
+        words = fields.get("Status", "").split()
+        if len(words) != 3 or "Package" not in fields:
+            continue
+        entry = {"want": words[0], "flag": words[1], "state": words[2], "version": fields.get("Version", "")}
+        if fields["Package"] not in found or entry["state"] == "installed":
+            found[fields["Package"]] = entry
+    return found
+
+
+def broken(packages: Installed) -> list[str]:
+    """Return the packages that an interrupted dpkg left half done."""
+    return sorted(name for name, entry in packages.items() if entry["state"] not in WHOLE or entry["flag"] != "ok")
+
+
+def interrupted(root: str = "/") -> bool:
+    """Return whether dpkg's journal holds work that was not finished."""
+    folder = os.path.join(root, "var/lib/dpkg/updates")
+    return os.path.isdir(folder) and any(name.isdigit() for name in os.listdir(folder))
+
+
+def fits(version: str, wanted: str) -> bool:
+    """Return whether a version is the wanted one, which may end in ``*``; an empty one fits all."""
+    return not wanted or fnmatch.fnmatchcase(version, wanted)
+
+
+def installed(packages: Installed, name: str) -> str:
+    """Return the version of a package that is wholly installed, else an empty text."""
+    entry = packages.get(name)
+    return entry["version"] if entry and entry["state"] in WHOLE - {"config-files", "not-installed"} else ""
+
+
+def lacking(packages: Installed, wanted: t.Sequence[t.Mapping[str, str]]) -> list[dict[str, str]]:
+    """Return the wanted packages that are not installed, or not at their version."""
+    return [
+        {"name": entry["name"], "version": entry["version"]}
+        for entry in wanted
+        if not installed(packages, entry["name"]) or not fits(installed(packages, entry["name"]), entry["version"])
+    ]
+
+
+def family(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, str]:
+    """Return the installed packages that a pin names, each with the version it should have."""
+    return {
+        name: str(pin["version"])
+        for name in sorted(packages)
+        if installed(packages, name)
+        for pin in pins
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"])
+    }
+
+
+def preferences(pins: t.Sequence[t.Mapping[str, t.Any]]) -> str:
+    """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too."""
+    paragraphs = [
+        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version']}\nPin-Priority: 1001\n" for pin in pins
+    ]
+    return "# Managed by onprem.torch.\n" + "\n".join(paragraphs)
+
+
+def source(url: str, keyring: str) -> str:
+    """Return the text of a deb822 source of a flat repository."""
+    return f"# Managed by onprem.torch.\nTypes: deb\nURIs: {url}\nSuites: /\nSigned-By: {keyring}\n"
+
+
+def parse_madison(text: str) -> dict[str, list[str]]:
+    """Return the versions on offer by package, newest first, from ``apt-cache madison``."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split("|")]
+        if len(words) == 3 and words[1] not in found.setdefault(words[0], []):
+            found[words[0]].append(words[1])
+    return found
+
+
+def parse_simulation(text: str) -> tuple[dict[str, str], list[str]]:
+    """Return what ``apt-get --simulate`` would install (package → version) and remove."""
+    installs = {match.group(1): match.group(2) for match in re.finditer(r"^Inst (\S+) (?:\[[^]]*\] )?\((\S+)", text, re.MULTILINE)}
+    removes = re.findall(r"^Remv (\S+)", text, re.MULTILINE)
+    return {name.split(":")[0]: version for name, version in installs.items()}, [name.split(":")[0] for name in removes]
+
+
+def parse_sizes(text: str) -> tuple[int, int]:
+    """Return bytes to download and bytes on disk of what ``apt-cache show`` describes."""
+    download = sum(int(size) for size in re.findall(r"^Size: (\d+)$", text, re.MULTILINE))
+    on_disk = sum(int(size) * 1024 for size in re.findall(r"^Installed-Size: (\d+)$", text, re.MULTILINE))
+    return download, on_disk
+
+
+def complaint(text: str) -> str:
+    """Return the reason in apt's output, shortened to one line: what could not be fetched or verified, and why."""
+    lines = [line.strip() for line in text.splitlines()]
+    told = [line for line in lines if re.match(r"(E|W|Err):", line)]
+    details = [
+        line
+        for line in lines
+        if re.search(
+            r"NO_PUBKEY|not signed|unauthenticated|Missing key|Could not (connect|resolve)|Connection (failed|refused|timed out)|"
+            r"404|403|hash|Hash|Unable to connect|Signed-By|unmet|Depends:|held|No space",
+            line,
+        )
+    ]
+    chosen = (details or told or lines or ["no reason was given"])[:2]
+    return " ".join(re.sub(r"^(E|W|Err):\d*\s*", "", line) for line in chosen)[:400].rstrip(".")
+
+
+def failed_update(text: str, url: str) -> bool:
+    """Return whether ``apt-get update`` of one repository failed; it exits 0 and warns where it keeps older lists."""
+    return bool(re.search(r"^(E:|Err:|W: (Failed to fetch|GPG error|An error occurred|The repository))", text, re.MULTILINE)) or (
+        "NO_PUBKEY" in text and url in text
+    )

@@ -1,0 +1,103 @@
+"""What dpkg and apt print, and OpenPGP keys made by the real gpg."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, openpgp
+
+STATUS = """\
+Package: libnccl2
+Status: hold ok installed
+Version: 2.29.7-1+cuda12.9
+
+Package: nvidia-kernel-open-dkms
+Status: install ok half-configured
+Version: 580.105.08-1
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+
+Package: torn
+Status: install reinstreq half-installed
+Version: 2
+"""
+
+
+def test_dpkgs_status():
+    state = apt_state.parse_status(STATUS)
+    assert state["libnccl2"] == {"want": "hold", "flag": "ok", "state": "installed", "version": "2.29.7-1+cuda12.9"}
+    assert apt_state.broken(state) == ["nvidia-kernel-open-dkms", "torn"]
+    assert apt_state.installed(state, "libnccl2") == "2.29.7-1+cuda12.9"
+    assert apt_state.installed(state, "gone") == apt_state.installed(state, "torn") == apt_state.installed(state, "never") == ""
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "expected"),
+    [
+        ("580.105.08-1", "580.105.08-*", True),
+        ("580.105.08-0ubuntu1", "580.105.08-*", True),
+        ("580.105.081-1", "580.105.08-*", False),
+        ("2.29.7-1+cuda12.9", "2.29.7-1+cuda12.9", True),
+        ("2.29.7-1+cuda13.0", "2.29.7-1+cuda12.9", False),
+        ("1", "", True),
+    ],
+)
+def test_versions_fit(version, wanted, expected):
+    assert apt_state.fits(version, wanted) is expected
+
+
+def test_what_lacks_and_what_belongs_to_a_pin():
+    state = apt_state.parse_status(STATUS)
+    wanted = [{"name": "libnccl2", "version": "2.29.*"}, {"name": "libnccl-dev", "version": ""}, {"name": "gone", "version": ""}]
+    assert [entry["name"] for entry in apt_state.lacking(state, wanted)] == ["libnccl-dev", "gone"]
+    assert apt_state.family(state, [{"packages": ["libnccl*", "gone"], "version": "2.29.7-1+cuda12.9"}]) == {
+        "libnccl2": "2.29.7-1+cuda12.9"
+    }
+
+
+def test_madison_and_simulation():
+    text = "  libnccl2 | 2.29.7-1+cuda12.9 | http://198.18.0.1/ / Packages\n  libnccl2 | 2.28.9-1+cuda12.9 | http://x/ / Packages\n"
+    assert apt_state.parse_madison(text) == {"libnccl2": ["2.29.7-1+cuda12.9", "2.28.9-1+cuda12.9"]}
+    text = "Remv nvidia-kernel-dkms [1] [x ]\nInst libnccl2 [2.28.9-1] (2.29.7-1 nv:1.0/x [amd64])\nInst new:amd64 (1 Debian)\nConf new (1)\n"
+    assert apt_state.parse_simulation(text) == ({"libnccl2": "2.29.7-1", "new": "1"}, ["nvidia-kernel-dkms"])
+    assert apt_state.parse_sizes("Size: 100\nInstalled-Size: 2\n\nSize: 1\nInstalled-Size: 1\n") == (101, 3072)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("Err:1 http://x / InRelease\n  Could not connect to 198.18.0.9:80 (198.18.0.9). - connect (111: Connection refused)\n", "Could not connect"),
+        ("W: GPG error: http://x / Release: The following signatures couldn't be verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
+        ("E: Unable to locate package x\n", "Unable to locate package x"),
+    ],
+)
+def test_apts_complaint_in_one_line(text, word):
+    assert word in apt_state.complaint(text)
+    assert "\n" not in apt_state.complaint(text)
+
+
+@pytest.mark.skipif(not shutil.which("gpg"), reason="gpg is needed to make a key")
+@pytest.mark.parametrize("algorithm", ["rsa2048", "ed25519"])
+def test_fingerprints_are_those_of_gpg(tmp_path, algorithm):
+    tmp_path.chmod(0o700)
+    gpg = ["gpg", "--homedir", str(tmp_path), "--batch", "--quiet"]
+    subprocess.run([*gpg, "--passphrase", "", "--quick-gen-key", "test@example.org", algorithm, "sign", "never"], check=True)
+    listed = subprocess.run([*gpg, "--with-colons", "--list-keys"], check=True, capture_output=True, text=True).stdout
+    expected = next(line.split(":")[9] for line in listed.splitlines() if line.startswith("fpr"))
+    for armor in ([], ["--armor"]):
+        data = subprocess.run([*gpg, *armor, "--export"], check=True, capture_output=True).stdout
+        assert openpgp.fingerprints(data) == [expected]
+        assert openpgp.is_armored(data) is bool(armor)
+        with pytest.raises(openpgp.KeyFileError):
+            openpgp.fingerprints(data[: len(data) // 2])
+    subprocess.run(["gpgconf", "--homedir", str(tmp_path), "--kill", "all"], check=False)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not found</html>", b"\x99\x01"])
+def test_what_is_no_key_is_refused(data):
+    with pytest.raises(openpgp.KeyFileError):
+        openpgp.fingerprints(data)
