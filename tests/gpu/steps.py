@@ -1,0 +1,187 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The steps of make gpu. Each returns what it saw: rows and lines for people, the rest for build/gpu.json."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import time
+
+import host
+import faults
+from host import BUILD, HOSTS, ROOT
+from job import FOREVER, Job
+from machines import Hall, run
+from overhead import pairs
+from plain import stop
+
+ALL = ("machine", "lab", "plan", "provision", "train", "faults", "overhead", "release")
+AWAY = 5            # seconds for which a node stays off
+PAIRS, SECONDS = 3, 8.0
+
+
+class Run:
+    """One run on one division of the GPUs."""
+
+    def __init__(self, gpus, place):
+        self.gpus, self.place = gpus, place
+        self.hall = Hall(place)
+        self.memory_before = host.memory_used()
+        self.job = Job(self.hall, "faults")
+        self.environment = {}
+
+    def playbook(self, name, *options, log=""):
+        """A playbook's output, kept in build/gpu/log."""
+        began = time.monotonic()
+        text = ""
+        try:
+            text = run("ansible-playbook", name, "-i", str(HOSTS), "-e", f"lab_bundle={os.environ.get('BUNDLE', 'build/bundle')}",
+                       *options, cwd=ROOT, timeout=400)
+        except RuntimeError as error:
+            text = str(error)
+            raise
+        finally:
+            path = BUILD / "log" / f"{log or os.path.basename(name).removesuffix('.yml')}.log"
+            path.write_text(f"{text}\n{time.monotonic() - began:.1f} s\n")
+        return text
+
+    def close(self):
+        """Remove the nodes and all that belongs to them."""
+        self.playbook("playbooks/lab.yml", "-e", "lab_state=absent", log="absent")
+
+    def machine(self):
+        """What runs it all."""
+        python = os.path.join(os.environ["PYTORCH"], "bin/python3")
+        text = run(python, "-c", "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda, "
+                   "'.'.join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else '', torch.cuda.device_count()]))")
+        torch, cuda, nccl, count = json.loads(text.strip().splitlines()[-1])
+        rows = [{"GPU": number, "name": row[0], "UUID": row[1], "PCI": row[2], "driver": row[3], "MiB": row[4]}
+                for number, row in enumerate(self.gpus)]
+        topology = run("nvidia-smi", "topo", "-m", check=False).splitlines() if self.gpus else []
+        (BUILD / "log" / "machine.log").write_text("\n".join([*topology, run("nvidia-smi", "nvlink", "--status", check=False) if self.gpus else ""]))
+        return {"rows": rows, "torch": torch, "cuda": cuda, "nccl": nccl, "kernel": os.uname().release, "cpus": os.cpu_count(),
+                "topology": topology, "lines": [f"torch {torch}, CUDA {cuda}, NCCL {nccl}, {count} GPUs, kernel {os.uname().release}, "
+                                                f"{os.cpu_count()} CPUs"]}
+
+    def lab(self):
+        """Boot the nodes."""
+        self.playbook("playbooks/lab.yml")
+        rows = []
+        for machine in self.hall.machines:
+            devices = machine.shell("ls /dev | grep -E '^nvidia[0-9]+$' || true").split()
+            state = machine.shell("systemctl is-system-running || true").strip()
+            failed = machine.shell("systemctl --failed --plain --no-legend || true").split()[:1]
+            rows.append({"node": machine.name, "address": machine.address, "systemd": state, "failed": " ".join(failed), "devices": " ".join(devices)})
+            if state != "running":
+                (BUILD / "log" / f"lab-{machine.name}.log").write_text(machine.shell("journalctl --no-pager -b || true"))
+        return {"rows": rows}
+
+    def plan(self):
+        """Show the plan."""
+        text = self.playbook("playbooks/plan.yml")
+        shown = [line.strip() for line in text.splitlines()]
+        self.environment = self.variables()
+        return {"lines": [line for line in shown if line and not line.startswith(("PLAY", "TASK", "ok:", "changed:"))][:40]}
+
+    def variables(self):
+        """The environment that the inventory gives processes on this machine's GPUs."""
+        text = run("ansible", "gpu1", "-i", str(HOSTS), "-m", "ansible.builtin.debug", "-a", "var=gpu_host_environment", "-o", cwd=ROOT)
+        return json.loads(re.search(r"=> (\{.*)", text, re.S).group(1))["gpu_host_environment"]
+
+    def provision(self):
+        """Provision; again, to see that nothing changes."""
+        self.playbook("playbooks/provision.yml")
+        began = time.monotonic()
+        text = self.playbook("playbooks/provision.yml", log="provision-again")
+        changed = sum(int(count) for count in re.findall(r"changed=(\d+)", text))
+        assert changed == 0, f"the second run has changed {changed} things, see build/gpu/log/provision-again.log"
+        return {"lines": [f"second run: nothing changed, {time.monotonic() - began:.1f} s"]}
+
+    def train(self):
+        """train.yml to a trained model, and what NCCL said of it."""
+        began = time.time()
+        self.playbook("train.yml")
+        job = Job(self.hall)
+        rows, logs = [], {}
+        for rank, machine in enumerate(self.hall.machines):
+            logs[machine.name] = text = job.journal(machine, began)
+            (BUILD / "log" / f"nccl-{machine.name}.log").write_text(text)
+            rows.append({"node": machine.name, "NODE_RANK": rank, **nccl_facts(text)})
+        text = logs[self.hall.machines[0].name]
+        finished = re.findall(r"finished: accuracy ([\d.]+) on \d+ held-out images, (\d+) images/s", text)
+        assert finished, f"no accuracy was told, see build/gpu/log/nccl-{self.hall.machines[0].name}.log"
+        if self.gpus:
+            assert all(row["nNodes"] == str(len(rows)) for row in rows), f"NCCL saw other nodes than {len(rows)}: {rows}"
+            buses = [bus for row in rows for bus in row["GPUs"].split()]
+            assert len(set(buses)) == len(buses) == len(self.gpus), f"GPUs are not one for each rank: {buses}"
+        units = {machine.name: machine.shell("systemctl cat torchrun-train.service | grep -o 'node-rank=[0-9]*' | head -n 1").strip()
+                 for machine in self.hall.machines}
+        return {"rows": rows, "units": units, "accuracy": float(finished[0][0]), "images_per_second": int(finished[0][1]),
+                "lines": [f"accuracy {finished[0][0]} on held-out images, {finished[0][1]} images/s"]}
+
+    def faults(self):
+        """Recovery from faults with the job that knows whether a step was lost or done twice."""
+        settings = {"torchrun_job": "faults", "torchrun_source": str(ROOT / "tests/faults/project"), "torchrun_script": "train.py",
+                    "torchrun_args": ["/var/lib/torchrun/target"], "torchrun_checkpoint_glob": "step-*.json", "torchrun_wait_for": "first_step",
+                    "torchrun_hang_timeout": 30, "torchrun_stop_timeout": 20, "torchrun_environment": self.environment}
+        path = BUILD / "faults.json"
+        path.write_text(json.dumps(settings))
+        self.job.deploy("-e", f"@{path}", "-e", f"lab_bundle={os.environ.get('BUNDLE', 'build/bundle')}")
+        self.job.trains(0)
+        faults.AWAY = AWAY
+        rows = []
+        for fault, number in ((faults.worker_killed, -1), (faults.torchrun_killed, 0), (faults.power_loss, -1)):
+            time.sleep(3)
+            try:
+                row = faults.recovered(self.job, fault, number % len(self.hall.machines))
+            finally:
+                (BUILD / "log" / f"fault-{fault.__name__}.log").write_text(self.job.report())
+            rows.append({"fault": row["fault"], "node": self.hall.machines[row["node"]].name, "from fault to new generation (s)": row["to_start"],
+                         "from fault to new step (s)": row["to_step"], "from return to new generation (s)": row["start_from_return"],
+                         "torch and NCCL (s)": row["torch"]})
+        began = time.monotonic()
+        steps = self.job.finish()
+        held = host.freed(self.memory_before)
+        assert held is not None, f"GPU memory is held after the end of the job: {host.holders()} {host.memory_used()} MiB"
+        return {"rows": rows, "lines": [f"ended at step {steps} with every step done once, {time.monotonic() - began:.1f} s"]}
+
+    def overhead(self):
+        """Steps a second under unit and supervisor against torchrun by hand, interleaved."""
+        self.job.target(FOREVER)
+        environment = {**self.environment, "TRAIN_PAUSE": "0", **({"TRAIN_COMPUTE": "4", "TRAIN_SIDE": "4096"} if self.gpus else {})}
+        rows = [{"under the unit (steps/s)": under, "by hand (steps/s)": by_hand, "ratio": under / by_hand}
+                for under, by_hand in pairs(self.job, PAIRS, SECONDS, environment)]
+        ratio = statistics.median(row["ratio"] for row in rows)
+        if self.gpus:
+            assert ratio >= 0.99, f"the median ratio is {ratio:.3f}, at least 0.99 was expected: {rows}"
+        return {"rows": rows, "ratio": ratio, "lines": [f"median ratio {ratio:.4f}"]}
+
+    def release(self):
+        """Nothing of a GPU is held after a requested stop."""
+        began = time.time()
+        self.job.start_again()
+        self.job.wait(lambda: len(self.job.steps(began)) > 3, 120, "training")
+        used, holders = host.memory_used(), host.holders()
+        start = time.monotonic()
+        stop(self.job)
+        seconds = time.monotonic() - start
+        held = host.freed(self.memory_before)
+        states = self.job.units()
+        assert held is not None, f"GPU memory is held after the stop: {host.holders()}, {host.memory_used()} MiB"
+        assert set(states) == {"inactive"}, f"units after the stop: {states}"
+        rows = [{"GPU": number, "before (MiB)": self.memory_before[number], "training (MiB)": used[number], "after the stop (MiB)": now}
+                for number, now in enumerate(host.memory_used())]
+        return {"rows": rows, "processes_while_training": len(holders),
+                "lines": [f"stopped in {seconds:.1f} s; processes with GPU memory: {len(holders)} before, {len(host.holders())} after"]}
+
+
+def nccl_facts(text):
+    """What NCCL's log of a node says: nodes, ranks, GPUs, transports."""
+    inits = re.findall(r"rank (\d+) nranks (\d+) cudaDev (\d+) nvmlDev (\d+) busId ([0-9a-fA-F]+)", text)
+    nodes = sorted(set(re.findall(r"nNodes (\d+)", text)))
+    ways = sorted(set(re.findall(r" via (\S+)", text)))
+    version = re.search(r"NCCL version (\S+)", text)
+    return {"ranks": " ".join(sorted({entry[0] for entry in inits})), "GPUs": " ".join(sorted({entry[4] for entry in inits})),
+            "nNodes": " ".join(nodes), "transports": " ".join(ways), "NCCL": version.group(1) if version else ""}
