@@ -10,15 +10,11 @@ python=${BUNDLE_PYTHON:-3.12}
 folder=${BUNDLE:-build/bundle}
 limit=50   # MB
 
-# What a node boots from, what the host itself needs, and the libraries of both that a small host may lack. A library that
-# the host has is not unpacked.
-packages="
-    systemd systemd-sysv systemd-container libsystemd-shared dbus dbus-bin dbus-daemon dbus-session-bus-common
-    dbus-system-bus-common openssh-server openssh-client openssh-sftp-server iproute2 nftables procps sudo
-    libacl1 libapparmor1 libargon2-1 libbpf1 libbsd0 libcap2 libcbor0.8 libcom-err2 libcryptsetup12 libdb5.3 libdbus-1-3
-    libdevmapper1.02.1 libedit2 libelf1 libexpat1 libfdisk1 libffi8 libfido2-1 libgssapi-krb5-2 libip4tc2 libjansson4
-    libjson-c5 libk5crypto3 libkeyutils1 libkmod2 libkrb5-3 libkrb5support0 libmd0 libmnl0 libnftables1 libnftnl11 libnsl2
-    libp11-kit0 libproc2-0 libseccomp2 libtirpc3 libwrap0 libxtables12"
+# What a node boots from, and what the host itself needs. The libraries of these come along: a library that the host has is
+# not unpacked there. The C library and what every Debian or Ubuntu has are left out.
+packages="systemd systemd-sysv systemd-container dbus openssh-server openssh-client iproute2 nftables procps sudo"
+companions="dbus-bin dbus-daemon dbus-session-bus-common dbus-system-bus-common openssh-sftp-server"
+everywhere="libc6 libgcc-s1 libcrypt1 libpam-modules libpam-modules-bin libpam-runtime"
 
 fail() {
     echo "bundle: $1" >&2
@@ -38,11 +34,18 @@ set -- "$@" --platform "manylinux2014_$machine"
 "${VENV:-.venv}/bin/python" -m pip download --quiet --disable-pip-version-check "$@" "ansible-core==$core" ||
     fail "the wheels of ansible-core $core for Python $python cannot be fetched; see pip's message above"
 
-# Names differ between distributions (libelf1 or libelf1t64): what this one does not have is left out.
-known=$(for name in $packages; do echo "$name" "${name}t64"; done | xargs apt-cache policy |
-    awk '/^[^ ]+:$/ { name = substr($1, 1, length($1) - 1) } /^ *Candidate: [^(]/ { print name }')
-wanted=$(echo "$known" | tr '\n' ' ')
-case " $wanted " in *" systemd-container "*) ;; *) fail "apt knows no systemd-container; run apt-get update first" ;; esac
+# What apt would install on a machine that has nothing.
+: >"$folder.partial/nothing"
+# shellcheck disable=SC2086  # a list of names
+all=$(apt-get install --simulate --yes --no-install-recommends -o Debug::NoLocking=1 \
+    -o "Dir::State::Status=$PWD/$folder.partial/nothing" $packages 2>"$folder.partial/why" | awk '/^Inst / { print $2 }')
+[ -n "$all" ] || fail "apt does not know all of $packages; run apt-get update ($(tail -n 1 "$folder.partial/why"))"
+wanted=$(for name in $all; do
+    case " $everywhere " in *" $name "*) continue ;; esac
+    case "$name" in *perl*) continue ;; lib*) echo "$name" ;; esac
+    case " $packages $companions " in *" $name "*) echo "$name" ;; esac
+done)
+rm "$folder.partial/nothing" "$folder.partial/why"
 # shellcheck disable=SC2086  # a list of names
 (cd "$folder.partial/packages" && apt-get --quiet=2 -o APT::Sandbox::User=root download $wanted) ||
     fail "the Debian packages cannot be fetched; run apt-get update, and see apt's message above"

@@ -3,7 +3,7 @@
 """The whole way on the GPUs of this machine, in one go: lab, plan, provision, train, faults, overhead, report.
 
 Started by tools/gpu.sh (make gpu), which says what can be set. Tables go to the terminal, everything to build/gpu.json, the
-playbooks' output to build/gpu/log. A step that fails is told and the next ones still run; then the exit code is 1.
+playbooks' output to build/gpu/log. A step that fails is told; the next ones run all the same where they can. Then the exit code is 1.
 """
 from __future__ import annotations
 
@@ -75,6 +75,8 @@ def main() -> int:
         for line in entry.get("lines", []):
             print(f"  {line}", flush=True)
         print(f"  ({entry['seconds']} s)", flush=True)
+        if failed and name in steps.NEEDED:
+            break
     if not options.keep:
         run.close()
     print(f"== {'FAILED: ' + ', '.join(failed) if failed else 'passed'} in {result['seconds']} s; {RESULT.relative_to(host.ROOT)}")
