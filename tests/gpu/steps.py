@@ -9,15 +9,16 @@ import re
 import statistics
 import time
 
-import host
 import faults
+import host
+import nccl_tests
 from host import BUILD, HOSTS, ROOT
 from job import FOREVER, Job
 from machines import Hall, run
 from overhead import pairs
 from plain import stop
 
-ALL = ("machine", "lab", "plan", "provision", "train", "faults", "overhead", "release")
+ALL = ("machine", "lab", "plan", "provision", "train", "faults", "overhead", "release", "compare")
 NEEDED = ("lab", "plan", "provision")   # without these nothing after them makes sense
 AWAY = 5            # seconds for which a node stays off
 PAIRS, SECONDS = 3, 8.0
@@ -32,6 +33,7 @@ class Run:
         self.memory_before = host.memory_used()
         self.job = Job(self.hall, "faults")
         self.environment = {}
+        self.building = None
 
     def playbook(self, name, *options, log=""):
         """A playbook's output, kept in build/gpu/log."""
@@ -61,6 +63,8 @@ class Run:
         rows = [{"GPU": number, "name": row[0], "UUID": row[1], "PCI": row[2], "driver": row[3], "MiB": row[4]}
                 for number, row in enumerate(self.gpus)]
         topology = run("nvidia-smi", "topo", "-m", check=False).splitlines() if self.gpus else []
+        if self.gpus and os.environ.get("NCCL_TESTS"):
+            self.building = nccl_tests.start_build(os.environ["NCCL_TESTS"], python)
         (BUILD / "log" / "machine.log").write_text("\n".join([*topology, run("nvidia-smi", "nvlink", "--status", check=False) if self.gpus else ""]))
         return {"rows": rows, "torch": torch, "cuda": cuda, "nccl": nccl, "kernel": os.uname().release, "cpus": os.cpu_count(),
                 "topology": topology, "lines": [f"torch {torch}, CUDA {cuda}, NCCL {nccl}, {count} GPUs, kernel {os.uname().release}, "
@@ -179,6 +183,17 @@ class Run:
                 for number, now in enumerate(host.memory_used())]
         return {"rows": rows, "processes_while_training": len(holders),
                 "lines": [f"stopped in {seconds:.1f} s; processes with GPU memory: {len(holders)} before, {len(host.holders())} after"]}
+
+    def compare(self):
+        """nccl-tests on the machine itself, where the user has given its source."""
+        if not self.building:
+            return {"lines": ["NCCL_TESTS names no copy of nccl-tests"]}
+        path, process = self.building
+        assert process.wait(300) == 0, "nccl-tests cannot be built, see build/gpu/log/nccl-tests-build.log"
+        program = nccl_tests.Program(path, len(self.gpus), self.environment)
+        latency = program("-b", "8", "-e", "8", "-n", "200", "-w", "20", "-G", "10", log="-latency")
+        large = program("-b", "128M", "-e", "2G", "-f", "2", "-n", "20", "-w", "5", log="-large")
+        return {"rows": [*latency, *large]}
 
 
 def nccl_facts(text):
