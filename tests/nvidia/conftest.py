@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import typing as t
@@ -35,7 +36,7 @@ class Node:
         """Return the words that run a command as root on the node."""
         state = INVENTORY / ".state"
         options = ["-o", "ConnectTimeout=10", "-o", f"UserKnownHostsFile={state / 'known_hosts'}", "-o", "BatchMode=yes", "-i", str(state / "id_ed25519")]
-        return ["ssh", *options, f"ops@{self.address}", f"sudo sh -c {json.dumps(command)}"]
+        return ["ssh", *options, f"ops@{self.address}", f"sudo sh -c {shlex.quote(command)}"]
 
     def run(self, command: str, check: bool = True) -> str:
         """Run a command as root on the node and return what it prints."""
@@ -74,7 +75,7 @@ class Node:
             "rm -f /run/slow-build; dpkg --configure -a; apt-mark showhold | xargs -r apt-mark unhold; "
             "dpkg-query -W -f '${Package}\\n' | grep -E 'nvidia|^libcuda|^libnccl|^cuda-' | xargs -r dpkg --purge --force-all; "
             "rm -f /etc/apt/preferences.d/onprem-torch-* /etc/apt/sources.list.d/onprem-torch-* /etc/apt/keyrings/onprem-torch-* /etc/modprobe.d/onprem*; "
-            "rm -f /var/lib/apt/lists/198.18.65*"
+            "rm -rf /var/lib/apt/lists/198.18.65* /var/lib/onprem.torch /run/reboot-required*; rm -f /etc/systemd/system/onprem-torch-*; systemctl daemon-reload"
         )
 
 

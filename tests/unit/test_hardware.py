@@ -81,6 +81,7 @@ def test_no_gpu_is_a_clean_answer(tmp_path):
         "mismatch": False,
         "nouveau": False,
         "peermem": False,
+        "peer_memory": False,
     }
 
 

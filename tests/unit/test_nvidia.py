@@ -180,9 +180,27 @@ def test_nouveau_means_a_reboot(tmp_path):
     assert decision["driver"]["reboot_expected"] and "nouveau" in decision["advice"][0]
 
 
-def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice(tmp_path):
-    _line, decision, _problems = decide(found(tmp_path, {**H100, "driver": "580.159.04"}))
-    assert "fabric manager" in decision["advice"][0]
+def test_a_good_driver_gets_the_fabric_manager_of_its_own_version_and_nothing_else(tmp_path):
+    findings = found(tmp_path, {**H100, "driver": "580.159.04"})
+    _line, decision, _problems = decide(findings)
+    assert (decision["driver"]["action"], decision["driver"]["version"]) == ("keep", "580.159.04")
+    settings = decision["driver"]["settings"]
+    assert settings["packages"] == [{"name": "nvidia-fabricmanager", "version": "580.159.04-*"}]
+    assert settings["pins"] == [{"packages": ["nvidia-fabricmanager"], "version": "580.159.04-*"}]
+    assert settings["services"] == ["nvidia-fabricmanager.service"]
+    findings["hardware"]["fabric"]["manager_running"] = True
+    assert not decide(findings)[1]["driver"]["wanted"]
+    findings["packages"] = {"nvidia-fabricmanager": {"version": "580.105.08-1", "want": "install", "flag": "ok", "state": "installed"}}
+    assert decide(findings)[1]["driver"]["wanted"], "another version than the driver's"
+
+
+def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice_and_a_problem_once_the_fabric_says_so(tmp_path):
+    findings = found(tmp_path, {**H100, "driver": "580.159.04"})
+    _line, decision, problems = decide(findings, nvidia_driver_manage=False)
+    assert problems == [] and "fabric manager" in decision["advice"][0]
+    findings["hardware"]["fabric"]["state"] = "In Progress"
+    _line, _decision, problems = decide(findings, nvidia_driver_manage=False)
+    assert len(problems) == 1 and "'In Progress'" in problems[0] and "nvidia-fabricmanager 580.159.04" in problems[0]
 
 
 def test_the_fabric_manager_follows_the_variable(tmp_path):
