@@ -11,7 +11,15 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, host_settings, nccl_settings, nvidia_driver, nvidia_sources
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    apt_state,
+    host_settings,
+    nccl_settings,
+    nvidia_driver,
+    nvidia_sources,
+    pytorch_plan,
+    torch_fit,
+)
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_driver_problems import driver_problems
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     Manifest,
@@ -19,6 +27,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     Variables,
     capability,
     cuda_lines,
+    driver_of,
     gpus_of,
     manages,
     numbers,
@@ -75,10 +84,34 @@ def choose_line(nodes: t.Sequence[tuple[str, Variables, Node]], manifest: Manife
         return near, [Problem("", VARIABLE, text, f"set {VARIABLE}: {near!r}, the nearest one, or leave it out for the newest that fits")]
     if not any(gpus_of(node) for _name, _variables, node in nodes):
         return "cpu", []
+    built = {built_for(variables, node) for _name, variables, node in nodes}
+    if len(built) == 1 and built <= set(known):
+        return built.pop(), []
     found = {name: [problem for entry in nodes for problem in line_problems(name, *entry, manifest)] for name in known}
     # Some problems remain whatever the line; then the newest one that GPUs and torch fit is spoken of.
     about_line = {name: [each for each in problems if each.variable in (VARIABLE, "pytorch_version")] for name, problems in found.items()}
     return min(known, key=lambda name: (bool(found[name]), bool(about_line[name]))), []
+
+
+def built_for(variables: Variables, node: Node) -> str:
+    """Return the CUDA version that an existing environment's torch is built for, empty where it does not tell."""
+    if variables.get("pytorch_source") != "existing":
+        return ""
+    build = (node.get("torch_builds") or {}).get(str(variables.get("pytorch_environment") or "")) or {}
+    return ".".join(str(build.get("cuda") or "").split(".")[:2])
+
+
+def existing_problems(host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return why an existing environment's torch cannot work with the node's GPUs and driver."""
+    folder = str(variables.get("pytorch_environment") or "")
+    version = (node.get("torch") or {}).get(folder)
+    if variables.get("pytorch_source") != "existing" or not version:
+        return []
+    build = (node.get("torch_builds") or {}).get(folder) or {}
+    driver = str(driver_of(node).get("version") or "") if not manages(variables) else ""
+    found = {"torch": version, "cuda": build.get("cuda")}
+    text, _semicolon, cure = torch_fit.problem(found, pytorch_plan.gpus(node), driver, "", oldest_drivers(manifest)).partition("; ")
+    return [Problem(host, "pytorch_environment", text, cure)] if text else []
 
 
 def distance(wanted: str, name: str) -> float:
@@ -170,6 +203,7 @@ def decide(
         interface: the training interface.
     """
     problems = [*nvidia_sources.mirror_problems(host, variables), *line_problems(name, host, variables, node, manifest)]
+    problems += existing_problems(host, variables, node, manifest)
     needs_driver = bool(gpus_of(node)) and name != "cpu" and manages(variables)
     asks = bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
     source, missing = nvidia_sources.repository(host, variables, node, manifest) if needs_driver or asks else ({}, [])
@@ -222,4 +256,9 @@ def decide_all(
         for host, variables, node in readable:
             decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
             problems += found
-    return {"name": name, **manifest["lines"][name]}, decisions, problems
+    return {"name": name, **manifest["lines"][name], "oldest_drivers": oldest_drivers(manifest)}, decisions, problems
+
+
+def oldest_drivers(manifest: Manifest) -> dict[str, str]:
+    """Return the oldest driver that runs anything of a major version of CUDA, by that version."""
+    return {name.split(".", maxsplit=1)[0]: str(manifest["lines"][name]["compatible_driver"]) for name in cuda_lines(manifest)}

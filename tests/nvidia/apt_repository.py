@@ -14,7 +14,15 @@ from pathlib import Path
 
 SERVICE = "[Unit]\nDescription={name}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
 # A post-installation script that takes as long as a DKMS build where the test asks for it.
-POSTINST = "#!/bin/sh\nset -e\nwhile [ -e /run/slow-build ]; do sleep 0.1; done\n"
+# Where the test asks for it, it asks for a reboot as packages of Debian and Ubuntu do.
+POSTINST = """#!/bin/sh
+set -e
+while [ -e /run/slow-build ]; do sleep 0.1; done
+if [ -e /etc/asks-for-reboot ]; then
+    touch /run/reboot-required
+    echo "$DPKG_MAINTSCRIPT_PACKAGE" >>/run/reboot-required.pkgs
+fi
+"""
 
 
 class Package(t.NamedTuple):
@@ -48,6 +56,11 @@ def driver(version: str) -> list[Package]:
         ),
         Package("nvidia-fabricmanager", version, "", "nvidia-fabricmanager.service"),
     ]
+
+
+def headers(kernel: str) -> list[Package]:
+    """Return the headers of a kernel, which Debian's own archive has for its own kernels only."""
+    return [Package(f"linux-headers-{kernel}", "1")]
 
 
 def nccl(version: str) -> list[Package]:
