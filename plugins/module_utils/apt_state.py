@@ -89,10 +89,15 @@ def chosen(packages: Installed, patterns: t.Sequence[str]) -> Installed:
     }
 
 
-def own_pins(root: str = "/") -> list[str]:
-    """Return the names of packages, with ``*`` for any text, that this collection pins and therefore holds."""
+def own_pins(root: str = "/", name: str = "*") -> list[str]:
+    """Return the names of packages, with ``*`` for any text, that this collection pins and therefore holds.
+
+    Args:
+        root: folder that stands for ``/``.
+        name: set of packages; all of them without it.
+    """
     found: list[str] = []
-    for path in sorted(glob.glob(os.path.join(root, "etc/apt/preferences.d/onprem-torch-*.pref"))):
+    for path in sorted(glob.glob(os.path.join(root, f"etc/apt/preferences.d/onprem-torch-{name}.pref"))):
         for line in re.findall(r"^Package: (.*)$", read_text(path), re.MULTILINE):
             found += line.split()
     return found
@@ -117,6 +122,16 @@ def foreign_holds(
         and packages[name]["want"] == "hold"
         and not fits(packages[name]["version"], version)
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
+    ]
+
+
+def released(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]], former: t.Sequence[str]) -> list[str]:
+    """Return the packages on hold that a set has pinned formerly and does not any more, such as another line's toolkit."""
+    mine = family(packages, pins)
+    return [
+        name
+        for name, entry in sorted(packages.items())
+        if entry["want"] == "hold" and name not in mine and any(fnmatch.fnmatchcase(name, pattern) for pattern in former)
     ]
 
 

@@ -285,6 +285,11 @@ class Node:
         if self.repository:
             self.put(SOURCES, apt_state.source(self.repository["url"], self.key()))
         if self.pins:
+            stale = apt_state.released(self.packages(), self.pins, apt_state.own_pins(name=self.settings["name"]))
+            for name in stale:
+                self.before[f"hold {name}"], self.after[f"hold {name}"] = "held\n", ""
+            if not self.module.check_mode:
+                self.hold(stale, word="install")
             self.put(f"/etc/apt/preferences.d/onprem-torch-{self.settings['name']}.pref", apt_state.preferences(self.pins))
         for path, content in (self.settings["files"] or {}).items():
             self.put(path, content)
@@ -324,7 +329,7 @@ class Node:
             environment = {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
             self.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
         if apt_state.broken(self.packages()):
-            self.hold([], release=True)
+            self.release()
             self.apt(["update"])
             code, text = self.apt(["install", "--fix-broken", "--yes", *self.options()])
             left = apt_state.broken(self.packages())
@@ -362,17 +367,18 @@ class Node:
             *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
         ]
 
-    def hold(self, names: t.Sequence[str], release: bool = False) -> None:
-        """Put packages on hold, or release all that the pins name."""
-        chosen = list(names)
-        if release:
-            chosen = [name for name in apt_state.family(self.packages(), self.pins) if self.packages()[name]["want"] == "hold"]
-        if chosen:
-            word = "install" if release else "hold"
-            text = "".join(f"{name} {word}\n" for name in chosen)
+    def hold(self, names: t.Sequence[str], word: str = "hold") -> None:
+        """Put packages on hold, or release them with the word C(install)."""
+        if names:
+            text = "".join(f"{name} {word}\n" for name in names)
             code, _out, err = self.module.run_command(["dpkg", "--set-selections"], data=text)
             if code:
-                self.fail(f"dpkg cannot {'release' if release else 'hold'} {', '.join(chosen)} ({err.strip()}); try it by hand")
+                self.fail(f"dpkg cannot {'hold' if word == 'hold' else 'release'} {', '.join(names)} ({err.strip()}); try it by hand")
+
+    def release(self) -> None:
+        """Release all packages that the pins name."""
+        state = self.packages()
+        self.hold([name for name in apt_state.family(state, self.pins) if state[name]["want"] == "hold"], word="install")
 
     def update(self) -> None:
         """Read the repository's list; a repository that cannot be read or verified is an error."""
@@ -452,7 +458,7 @@ class Node:
             )
         self.room(installs)
         self.undo.clear()
-        self.hold([], release=True)
+        self.release()
         words = ["install", "--yes", *self.options(), *self.chosen]
         code, text = self.apt(words)
         if code and re.search(r"404|Failed to fetch", text):

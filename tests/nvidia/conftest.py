@@ -13,6 +13,7 @@ from pathlib import Path
 
 import apt_repository
 import pytest
+from ansible.utils.collection_loader._collection_finder import _AnsibleCollectionFinder
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = Path(__file__).parent / "inventory"
@@ -23,7 +24,9 @@ ANSIBLE = Path(sys.executable).parent
 JSON_OUTPUT = {"ANSIBLE_LOAD_CALLBACK_PLUGINS": "1", "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
 Answer = t.Dict[str, t.Any]
 
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+# Plans are made with the builders of the unit tests.
+sys.path.append(str(ROOT / "tests" / "unit"))
+_AnsibleCollectionFinder(paths=[str(ROOT / ".collections")])._install()
 
 
 def ansible(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

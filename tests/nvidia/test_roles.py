@@ -111,6 +111,7 @@ def test_one_variable_upgrades_and_downgrades_the_set_and_the_line(nodes, play):
     assert versions(nodes, *KEY[:3]) == [["580.105.08-1"] * 3] * 2
     play.run(cuda_version="12.9")
     assert versions(nodes, "libnccl2", "cuda-toolkit-12-9") == [["2.29.7-1+cuda12.9", "12.9.1-1"]] * 2
+    assert all("cuda-toolkit-12-9" in held and "cuda-toolkit-13-0" not in held for held in nodes.held()), "what is not wanted is not held"
     play.run(cuda_version="13.0")
     assert versions(nodes, *KEY) == [["580.105.08-1", "580.105.08-1", "580.105.08-1", "2.28.9-1+cuda13.0", "13.0.2-1"]] * 2
     assert changes(play.run(cuda_version="13.0")) == {0}

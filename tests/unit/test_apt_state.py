@@ -118,3 +118,11 @@ def test_own_pins_are_read_from_our_files_only(tmp_path):
     (folder / "onprem-torch-nccl.pref").write_text(apt_state.preferences([{"packages": ["libnccl2", "libnccl-dev"], "version": "1"}]))
     (folder / "other.pref").write_text("Package: vim\nPin: version 1\nPin-Priority: 1001\n")
     assert apt_state.own_pins(str(tmp_path)) == ["libnccl2", "libnccl-dev"]
+
+
+def test_what_a_set_pins_no_more_is_released():
+    entry = {"flag": "ok", "state": "installed", "version": "1"}
+    packages = {"cuda-toolkit-12-9": {**entry, "want": "hold"}, "cuda-toolkit-13-0": {**entry, "want": "hold"}, "vim": {**entry, "want": "hold"}}
+    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "1"}]
+    assert apt_state.released(packages, pins, ["cuda-toolkit-12-9", "cuda-toolkit-13-0"]) == ["cuda-toolkit-12-9"]
+    assert apt_state.released(packages, pins, []) == []
