@@ -198,6 +198,7 @@ class Node:
         self.result: dict[str, t.Any] = {"installed": {}, "removed": [], "held": [], "healed": [], "reboot_reason": ""}
         self.undo: list[tuple[str, t.Optional[bytes]]] = []
         self.chosen: list[str] = []
+        self.loose: list[str] = []
 
     def fail(self, text: str) -> t.NoReturn:
         """End with one sentence; files that this run wrote before anything was installed are put back."""
@@ -206,6 +207,9 @@ class Node:
                 os.unlink(path)
             else:
                 self.write(path, content)
+        # Cleared first: holding them may fail, too.
+        loose, self.loose = self.loose, []
+        self.hold(loose)
         self.module.fail_json(msg=text, **self.result)
 
     def packages(self) -> apt_state.Installed:
@@ -290,6 +294,7 @@ class Node:
                 self.before[f"hold {name}"], self.after[f"hold {name}"] = "held\n", ""
             if not self.module.check_mode:
                 self.hold(stale, word="install")
+                self.loose = stale
             self.put(f"/etc/apt/preferences.d/onprem-torch-{self.settings['name']}.pref", apt_state.preferences(self.pins))
         for path, content in (self.settings["files"] or {}).items():
             self.put(path, content)
@@ -376,9 +381,11 @@ class Node:
                 self.fail(f"dpkg cannot {'hold' if word == 'hold' else 'release'} {', '.join(names)} ({err.strip()}); try it by hand")
 
     def release(self) -> None:
-        """Release all packages that the pins name."""
+        """Release all packages that the pins name; they are held again in the end, or by a failure."""
         state = self.packages()
-        self.hold([name for name in apt_state.family(state, self.pins) if state[name]["want"] == "hold"], word="install")
+        mine = [name for name in apt_state.family(state, self.pins) if state[name]["want"] == "hold"]
+        self.hold(mine, word="install")
+        self.loose += mine
 
     def update(self) -> None:
         """Read the repository's list; a repository that cannot be read or verified is an error."""
@@ -443,6 +450,8 @@ class Node:
         if self.module.check_mode:
             return
         self.update()
+        # apt removes nothing that is on hold, such as the other kind of kernel modules.
+        self.release()
         code, text = self.simulate(wanted, torn)
         if code:
             # Dependencies come from the distribution, whose lists may be old or missing.
@@ -458,7 +467,6 @@ class Node:
             )
         self.room(installs)
         self.undo.clear()
-        self.release()
         words = ["install", "--yes", *self.options(), *self.chosen]
         code, text = self.apt(words)
         if code and re.search(r"404|Failed to fetch", text):
@@ -479,6 +487,7 @@ class Node:
 
     def holds(self) -> None:
         """Hold everything that the pins name."""
+        self.loose = []
         state = self.packages()
         loose = [name for name in apt_state.family(state, self.pins) if state[name]["want"] != "hold"]
         if not loose:
