@@ -11,10 +11,9 @@ suites=(
     "unit: pytest -q tests/unit"
     "sanity: tools/sanity.sh"
     "collection: pytest -q tests/collection"
-    "newest: tools/test_newest.sh"
     "quickstart: pytest -q tests/quickstart"
     "molecule-default: molecule test --scenario-name default"
-    "molecule-debian13: molecule test --scenario-name debian13"
+    "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
     "nvidia: pytest -q tests/nvidia"
     "faults: pytest -q tests/faults"
 )
