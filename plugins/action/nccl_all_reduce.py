@@ -55,6 +55,7 @@ class ActionModule(ActionBase):
                 "when": {"type": "str", "choices": ["auto", "always", "never"], "default": "always"},
                 "valid_days": {"type": "int", "default": 30},
                 "store": {"type": "str", "default": ""},
+                "fail": {"type": "bool", "default": True},
                 **{name: {"type": "raw"} for name in (*STRINGS, *NUMBERS, "environment")},
             },
             required_if=[("state", "decided", ("plan",)), *(("state", name, ("verification",)) for name in states[1:])],
@@ -74,7 +75,7 @@ class ActionModule(ActionBase):
         ends, found = self._ends(plan, raw, str(arguments["interface"] or ""))
         problems += found
         if problems:
-            return {"failed": True, "msg": report(problems), "problems": [problem.as_dict() for problem in problems]}
+            return {"failed": True, "msg": report(problems)}
         left_out = [host for host in plan["order"] if host not in task_vars.get("ansible_play_hosts_all", [])]
         fingerprint = verify_config.fingerprint(plan["fingerprint"], settings)
         store = verify_store.folder_of(arguments["store"], task_vars)
@@ -116,12 +117,7 @@ class ActionModule(ActionBase):
         if not interface:
             return planned, []
         links = {host: ((raw[host].get("__cluster_node") or {}).get("node") or {}).get("interfaces") or [] for host in raw}
-        chosen, found = network.choose(links, {host: interface for host in raw})
-        name = f"{verify_config.PREFIX}interface"
-        return chosen, [
-            Problem(entry.host, name, entry.text.replace(network.INTERFACE, name), entry.cure.replace(network.INTERFACE, name))
-            for entry in found
-        ]
+        return verify_config.endpoints(links, interface)
 
     def _prepared(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Copy the programs to the node and ask whether they can run there."""
@@ -199,7 +195,7 @@ class ActionModule(ActionBase):
         files = store.keep(entry, found, verify_page.render(found))
         display.display("\n" + "\n".join(verify_text.screen(found, files)) + "\n")
         result = {"verdict": found["verdict"], "report": found, "files": files, "msg": found["headline"]}
-        return {**result, "failed": True} if found["verdict"] == "fail" else result
+        return {**result, "failed": arguments["fail"] and found["verdict"] == "fail"}
 
     def _watch_connection(self) -> None:
         """Let ssh notice within seconds that a node is gone, over a new connection, since only its start reads options."""

@@ -12,7 +12,7 @@ import re
 import typing as t
 from dataclasses import asdict, dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import bandwidth, transport
+from ansible_collections.onprem.torch.plugins.module_utils import bandwidth, network, transport
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 PREFIX = "nccl_verify_"
@@ -141,6 +141,29 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
         found["backend"] = "gloo" if without else "nccl"
     variables = {str(key): str(value) for key, value in environment.items()}
     return Settings(**found, minimum=minimum, environment=variables), problems
+
+
+def problems_of(hosts: t.Sequence[t.Any]) -> list[Problem]:
+    """Return what is wrong with the settings of a plan's hosts, so that the plan names it before anything is done."""
+    values = {key[len(PREFIX) :]: value for key, value in hosts[0].variables.items() if key.startswith(PREFIX)}
+    known = {host.name: host.node for host in hosts if host.node}
+    gpus = {name: len((node.get("hardware") or {}).get("usable_gpus") or []) for name, node in known.items()}
+    _settings, problems = read(values, gpus)
+    interface = str(values.get("interface") or "")
+    _ends, found = endpoints({name: node["interfaces"] for name, node in known.items()}, interface) if interface else ({}, [])
+    return problems + found
+
+
+def endpoints(
+    interfaces: t.Mapping[str, t.Sequence[dict[str, t.Any]]], interface: str
+) -> tuple[dict[str, network.Endpoint], list[Problem]]:
+    """Return the address of every node on the interface that is asked for, and what is wrong with it."""
+    chosen, found = network.choose(interfaces, {host: interface for host in interfaces})
+    name = f"{PREFIX}interface"
+    return chosen, [
+        Problem(entry.host, name, entry.text.replace(network.INTERFACE, name), entry.cure.replace(network.INTERFACE, name))
+        for entry in found
+    ]
 
 
 def least(value: t.Any) -> tuple[float | None, list[Problem]]:

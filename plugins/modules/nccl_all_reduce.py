@@ -54,6 +54,10 @@ options:
     description: Days for which a verdict that did not fail counts, with O(when=auto).
     type: int
     default: 30
+  fail:
+    description: Whether the verdict C(fail) fails the task, for V(judged). With V(false) it is only returned.
+    type: bool
+    default: true
   store:
     description: Folder on the control node for verdicts, history and reports. Empty for C(.state/verify) beside the inventory.
     type: str
@@ -366,6 +370,7 @@ def main() -> None:
             "variable": {"type": "str", "default": ""},
             "when": {"type": "str", "choices": ["auto", "always", "never"], "default": "always"},
             "valid_days": {"type": "int", "default": 30},
+            "fail": {"type": "bool", "default": True},
             "store": {"type": "str", "default": ""},
             "backend": {"type": "str", "choices": ["auto", "nccl", "gloo"], "default": "auto"},
             "size_min": {"type": "str", "default": "8"},
