@@ -124,7 +124,8 @@ def advice(hardware: t.Mapping[str, t.Any], memory_bytes: int = 0) -> list[str]:
         lines.append("Secure Boot is on, so that DKMS's key must be enrolled before the driver loads (mokutil --import /var/lib/dkms/mok.pub)")
     shm = found.get("shm_bytes")
     if shm is not None and shm < SHM_GIB_A_GPU * GIB * len(cards):
-        lines.append(f"/dev/shm has {shm / GIB:.1f} GiB, but {SHM_GIB_A_GPU} GiB for each GPU is wanted; set nccl_shm_gib: {max(len(cards), memory_bytes // GIB // 2)}")
+        size = max(SHM_GIB_A_GPU * len(cards), memory_bytes // GIB // 2)
+        lines.append(f"/dev/shm has {shm / GIB:.1f} GiB, but {SHM_GIB_A_GPU} GiB for each GPU is wanted; set nccl_shm_gib: {size}")
     for kind, entries in (("GPU", cards), ("adapter", [nic for nic in hardware.get("nics") or [] if not nic.get("virtual")])):
         for entry in entries:
             lanes, most = entry.get("pcie_width"), entry.get("pcie_max_width")

@@ -181,7 +181,8 @@ def hold_problems(host: str, node: Node, decided: t.Sequence[t.Mapping[str, t.An
     problems = []
     for part in decided:
         settings = part.get("settings") or {}
-        for name, version, wanted in apt_state.foreign_holds(packages_of(node), settings.get("packages") or [], settings.get("pins") or [], node.get("own_pins") or []):
+        packages, pins = settings.get("packages") or [], settings.get("pins") or []
+        for name, version, wanted in apt_state.foreign_holds(packages_of(node), packages, pins, node.get("own_pins") or []):
             variable = VERSION_OF[settings["name"]]
             text = f"{name} is held at {version} by somebody else, but {wanted} is wanted"
             cure = f"release it on the node (apt-mark unhold {name}), or set {variable} to the version that it is held at"

@@ -60,10 +60,12 @@ def problem(
     if built is None:
         return ""
     if cuda and cuda != "cpu" and numbers(built)[:2] != numbers(cuda)[:2]:
-        return f"{torch} is built for CUDA {built}, but cuda_version is {cuda}; set cuda_version: '{built}', or a pytorch_version that exists for {cuda}"
+        cure = f"set cuda_version: '{built}', or a pytorch_version that exists for {cuda}"
+        return f"{torch} is built for CUDA {built}, but cuda_version is {cuda}; {cure}"
     oldest = (oldest_drivers or {}).get(built.split(".", maxsplit=1)[0], "")
     if driver and oldest and numbers(driver) < numbers(oldest):
-        return f"{torch} is built for CUDA {built}, which needs the driver {oldest} or newer, but {driver} runs; upgrade the driver or set an older cuda_version"
+        text = f"{torch} is built for CUDA {built}, which needs the driver {oldest} or newer, but {driver} runs"
+        return f"{text}; upgrade the driver or set an older cuda_version"
     architectures = versions.get("architectures") or []
     for gpu in gpus:
         if architectures and re.fullmatch(r"sm_\d+", gpu["architecture"]) and not has_code(architectures, gpu["architecture"]):
