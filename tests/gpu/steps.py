@@ -18,10 +18,11 @@ from machines import Hall, run
 from overhead import pairs
 from plain import stop
 
-ALL = ("machine", "lab", "plan", "provision", "train", "faults", "overhead", "release", "compare")
+ALL = ("machine", "lab", "plan", "provision", "verify", "train", "faults", "overhead", "release", "slow", "single", "compare")
 NEEDED = ("lab", "plan", "provision")   # without these nothing after them makes sense
 AWAY = 5            # seconds for which a node stays off
 PAIRS, SECONDS = 3, 8.0
+REPEATS = 5
 
 
 class Run:
@@ -184,16 +185,110 @@ class Run:
         return {"rows": rows, "processes_while_training": len(holders),
                 "lines": [f"stopped in {seconds:.1f} s; processes with GPU memory: {len(holders)} before, {len(host.holders())} after"]}
 
+    def verify(self, *options, log="verify"):
+        """The verdict over all nodes, and pairs."""
+        self.playbook("playbooks/verify.yml", "-e", "nccl_verify_pairwise=always", *options, log=log)
+        shown = (BUILD / "log" / f"{log}.log").read_text().splitlines()
+        report = json.loads(max((BUILD / ".state" / "verify").glob("**/*.json"), key=lambda path: path.stat().st_mtime).read_text())
+        report = report.get("report", report)
+        (BUILD / "log" / f"{log}.json").write_text(json.dumps(report, indent=1))
+        rows = [{"figure": answer["name"], "status": answer["status"], "measured (GB/s)": answer["measured"], "expected (GB/s)": answer["expected"],
+                 "at least (GB/s)": answer["minimum"], "arithmetic": answer["arithmetic"]} for answer in report["answers"]]
+        result = {"rows": rows, "verdict": report["verdict"], "transport": report["transport"], "latency": report["latency"],
+                  "culprits": report["culprits"], "plateau": report["plateau"], "correctness": report["correctness"],
+                  "lines": screen(shown)}
+        return result
+
+    def slow(self):
+        """One node is slowed by tc: the verdict names it. Two nodes cannot tell which of them is slow."""
+        if len(self.hall.machines) < 3:
+            return {"lines": ["needs three nodes"]}
+        machine = self.hall.machines[1]
+        run("tc", "qdisc", "add", "dev", f"vb-{machine.machine}", "root", "tbf", "rate", "1gbit", "burst", "1mb", "latency", "50ms")
+        try:
+            result = self.verify(log="verify-slow")
+        except RuntimeError:   # the verdict fails the play
+            result = {}
+        finally:
+            run("tc", "qdisc", "del", "dev", f"vb-{machine.machine}", "root")
+        report = json.loads(max((BUILD / ".state" / "verify").glob("**/*.json"), key=lambda path: path.stat().st_mtime).read_text())
+        culprits = report.get("report", report)["culprits"]
+        assert {entry["host"] for entry in culprits} == {machine.name}, f"slow was {machine.name}, accused were {culprits}"
+        return {**result, "culprits": culprits, "lines": [f"{machine.name} was slowed, and named: {culprits[0]['evidence']}"]}
+
+    def single(self):
+        """All GPUs in one node: the verdict inside the node."""
+        self.close()
+        self.place = host.share(1, len(self.gpus))
+        self.hall = Hall(self.place)
+        self.job = Job(self.hall, "faults")
+        self.playbook("playbooks/lab.yml", log="lab-single")
+        self.playbook("playbooks/provision.yml", log="provision-single")
+        return self.verify(log="verify-single")
+
+    def by_hand(self, *options, log, processes=None, environment=None):
+        """nccl_verify_worker.py under torchrun on the machine itself."""
+        path = BUILD / "log" / f"worker{log}.json"
+        path.unlink(missing_ok=True)
+        python = os.path.join(os.environ["PYTORCH"], "bin/python3")
+        text = run(python, "-m", "torch.distributed.run", f"--nproc-per-node={processes or max(len(self.gpus), 2)}", "--master-port=29555",
+                   str(ROOT / "roles/nccl_verify/files/nccl_verify_worker.py"), *options, "--json", str(path),
+                   env={**os.environ, **self.environment, **(environment or {})}, timeout=300)
+        (BUILD / "log" / f"worker{log}.log").write_text(text)
+        return json.loads(path.read_text())
+
     def compare(self):
-        """nccl-tests on the machine itself, where the user has given its source."""
+        """Side by side with nccl-tests where the user has given its source: the same NCCL, in turns, the median of five."""
+        if not self.environment:
+            self.environment = self.variables()
+        planted = BUILD / "plant.json"
+        planted.write_text(json.dumps({"plant": {"rank": 1, "index": 12345, "where": "output"}}))
+        size = "64M" if self.gpus else "64K"
+        wrong = self.by_hand("--config", str(planted), f"--size-min={size}", f"--size-max={size}", "--pairwise=never", log="-planted")
+        entry = wrong["correctness"]["wrong"][0]
+        assert (entry["rank"], entry["index"]) == (1, 12345), f"planted was element 12345 of rank 1, found was {entry}"
+        lines = [f"a planted wrong element was found: rank {entry['rank']}, element {entry['index']}, got {entry['got']:g}, expected {entry['expected']:g}"]
+        if not self.gpus or len(self.gpus) < 2:
+            return {"lines": lines}
+        self.by_hand("--size-min=8", "--size-max=8", "--pairwise=never", "--correctness-repeats=0", log="-nccl",
+                     environment={"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "ALL"})
         if not self.building:
-            return {"lines": ["NCCL_TESTS names no copy of nccl-tests"]}
+            return {"lines": [*lines, "NCCL_TESTS names no copy of nccl-tests"]}
         path, process = self.building
         assert process.wait(300) == 0, "nccl-tests cannot be built, see build/gpu/log/nccl-tests-build.log"
         program = nccl_tests.Program(path, len(self.gpus), self.environment)
-        latency = program("-b", "8", "-e", "8", "-n", "200", "-w", "20", "-G", "10", log="-latency")
-        large = program("-b", "128M", "-e", "2G", "-f", "2", "-n", "20", "-w", "5", log="-large")
-        return {"rows": [*latency, *large]}
+        sizes = ("-b", "128M", "-e", "2G", "-f", "2", "-n", "20", "-w", "5", "-c", "0")
+        ours, theirs, latencies = {}, {}, {"graph": [], "ours": [], "call": []}
+        for turn in range(REPEATS):
+            result = self.by_hand("--size-min=128M", "--size-max=2G", "--pairwise=never", "--correctness-repeats=0", "--warmup=5", log=f"-{turn}")
+            for row in result["rows"]:
+                ours.setdefault(row["size"], []).append(row["busbw"])
+            latencies["ours"].append(result["latency"]["graph_seconds"] * 1e6)
+            latencies["call"].append(result["latency"]["seconds"] * 1e6)
+            for row in program(*sizes, log=f"-{turn}"):
+                theirs.setdefault(row["bytes"], []).append(row["busbw"])
+            latencies["graph"].append(program("-b", "8", "-e", "8", "-n", "20", "-w", "20", "-G", "20", "-c", "0", log=f"-latency-{turn}")[0]["time_us"])
+        rows = []
+        for bytes_, values in sorted(ours.items()):
+            mine, other = statistics.median(values), statistics.median(theirs[bytes_])
+            rows.append({"bytes": bytes_, "this (GB/s)": mine, "nccl-tests (GB/s)": other, "ratio": mine / other,
+                         "this, all": " ".join(f"{value:.1f}" for value in values), "nccl-tests, all": " ".join(f"{value:.1f}" for value in theirs[bytes_])})
+        mine, other = statistics.median(latencies["ours"]), statistics.median(latencies["graph"])
+        lines += [f"8 B from a CUDA graph: {mine:.2f} us, nccl-tests -G {other:.2f} us, ratio {mine / other:.3f}; "
+                  f"called from Python {statistics.median(latencies['call']):.2f} us"]
+        return {"rows": rows, "latencies_us": latencies, "lines": lines}
+
+
+def screen(lines):
+    """What a playbook has shown for people."""
+    kept, skip = [], False
+    for line in lines:
+        if re.match(r"(PLAY|TASK|ok:|changed:|included:|skipping:|\S+ +: ok=)", line):
+            skip = False
+            continue
+        if line.strip() and not skip:
+            kept.append(line.rstrip())
+    return kept[:60]
 
 
 def nccl_facts(text):
