@@ -132,24 +132,28 @@ def plateau(rows: t.Sequence[tuple[int, float]], near: float = 0.9) -> tuple[int
     return max(size for size, _value in flat), statistics.median(value for _size, value in flat)
 
 
-def nccl_tests_row(size: int, dtype: str, operation: str, seconds: float, ranks: int, wrong: int | None) -> dict[str, t.Any]:
-    """Return a result in the shape of nccl-tests' JSON (version 3).
+def nccl_tests_row(
+    size: int, dtype: str, operation: str, seconds: float, ranks: int, wrong: int | None, iterations: int
+) -> dict[str, t.Any]:
+    """Return a result in the shape of nccl-tests' JSON (version 3, src/util.cu).
 
-    torch's all-reduce works in place, so ``out_of_place`` repeats no measurement: its values are null.
+    torch's all-reduce works in place, so ``out_of_place`` is null, as nccl-tests writes it where it does not measure it.
     """
     return {
         "size": size,
         "count": size // DTYPES[dtype],
         "type": NCCL_TESTS_DTYPES[dtype],
         "redop": operation,
-        "root": -1,
-        "out_of_place": {"time": None, "alg_bw": None, "bus_bw": None, "nwrong": None},
+        "root": "-1",
+        "out_of_place": None,
         "in_place": {
             "time": seconds * 1e6,
             "alg_bw": algorithm_bandwidth(size, seconds),
             "bus_bw": bus_bandwidth(size, seconds, ranks),
             "nwrong": wrong,
         },
+        "actual_iterations": iterations,
+        "experiment_name": "all_reduce",
     }
 
 

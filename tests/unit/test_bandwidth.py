@@ -103,6 +103,7 @@ def test_the_slower_of_inside_and_wire_decides():
 
 
 def test_a_row_has_the_shape_of_nccl_tests():
-    row = bandwidth.nccl_tests_row(1024, "float32", "sum", 1e-5, 2, 0)
+    row = bandwidth.nccl_tests_row(1024, "float32", "sum", 1e-5, 2, 0, 20)
     assert row["count"] == 256 and row["type"] == "float" and row["in_place"]["time"] == pytest.approx(10.0)
-    assert set(row) == {"size", "count", "type", "redop", "root", "out_of_place", "in_place"}
+    shape = {"size", "count", "type", "redop", "root", "out_of_place", "in_place", "actual_iterations", "experiment_name"}
+    assert set(row) == shape and row["out_of_place"] is None

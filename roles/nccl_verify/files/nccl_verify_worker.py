@@ -287,6 +287,7 @@ class Bench:
                 "name": properties.name,
                 "capability": properties.major * 10 + properties.minor,
                 "memory": properties.total_memory,
+                "pci": f"{getattr(properties, 'pci_domain_id', 0):04x}:{getattr(properties, 'pci_bus_id', 0):02x}:00",
                 **nvml_facts(f"GPU-{properties.uuid}"),
             }
         return found
