@@ -104,7 +104,7 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
             try:
                 found[name] = bandwidth.parse_size(t.cast("int | str", value))
             except bandwidth.SizeError as error:
-                text, _semicolon, cure = str(error).partition("; ")
+                text, _semicolon, cure = str(error).replace(" is no size", ", which is no size").partition("; ")
                 problems.append(problem(name, f"{PREFIX}{name} is {text}", cure))
 
     choice("backend", BACKENDS, "auto")

@@ -79,6 +79,16 @@ def test_unknown_hardware_is_said_to_be_unknown():
     assert virtual.value is None and "host0 reports no speed" in virtual.arithmetic
 
 
+@pytest.mark.parametrize(("capability", "value"), [(60, 18.0), (80, 20.0), (86, 12.0), (89, 20.0), (90, 20.6), (100, 40.1), (103, 40.1)])
+def test_the_speed_of_a_link_is_nccl_s(capability, value):
+    assert bandwidth.nvlink_bandwidth(capability) == value
+
+
+def test_a_gpu_newer_than_the_table_is_unknown():
+    found = bandwidth.inside_node([Gpu("a newer one", 130, 18)] * 8)
+    assert found.value is None and "compute capability 13.0" in found.arithmetic
+
+
 def test_pcie_cards_only_warn():
     found = bandwidth.inside_node([Gpu("RTX 4090", 89, 0, 16.0, 16)] * 2)
     assert found.value == pytest.approx(24.0) and not found.blocks

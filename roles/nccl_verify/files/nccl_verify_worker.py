@@ -180,7 +180,7 @@ def nvlink_minimum(ranks: t.Sequence[dict[str, t.Any]], nvlink: dict[str, t.Any]
     if not nvlink or not links:
         return None
     capability = min(gpu["capability"] for gpu in gpus)
-    each = next((value for level, value in nvlink["speeds"] if capability >= level), 0.0)
+    each = next((value for first, last, value in nvlink["speeds"] if first <= capability <= last), 0.0)
     return links * each * nvlink["floor"] or None
 
 
