@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 # GB/s that eight healthy nodes on two busy cores reach easily, and nodes behind SLOW never.
 MINIMUM = 0.02
 SLOW = "40mbit"     # 0.005 GB/s
-PYTHON_PACKAGES = "/usr/lib/python3/dist-packages"
+PYTHON_PACKAGES = "/opt/torch/lib/python3.11/site-packages"
 
 
 def _nspawn():
@@ -101,12 +101,13 @@ class Lab:
         self.nodes = [Node(name, variables[name]["ansible_host"], bridge, inventory / ".state" / "nodes") for name in hosts]
 
     def playbook(self, name, *options, check=True):
-        return run("ansible-playbook", f"playbooks/{name}.yml", "-i", self.inventory, *options, cwd=ROOT, check=check,
+        path = name if "/" in name else f"playbooks/{name}.yml"
+        return run("ansible-playbook", path, "-i", self.inventory, *options, cwd=ROOT, check=check,
                    env={**os.environ, "NO_COLOR": "1"})
 
     def power_on(self):
         """Boot the nodes that are off."""
-        self.playbook("lab")
+        self.playbook("tests/verify/boot.yml")
         for node in self.nodes:
             run("ip", "link", "set", f"vb-{node.machine}", "up")
 

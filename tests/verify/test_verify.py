@@ -84,7 +84,7 @@ def test_a_node_with_another_torch_is_named(verify, lab):
 def test_a_node_without_torch_is_named_before_anything_is_launched(verify, lab):
     lab.nodes[7].shell(f"mount -t tmpfs none {PYTHON_PACKAGES}/torch")
     found = verify()
-    assert "verify8: /usr/bin/python3 has no torch" in found.text and "nothing was launched" in found.text
+    assert "verify8: /opt/torch/bin/python3 has no torch" in found.text and "nothing was launched" in found.text
     assert found.report == {} and "Start the measurement" not in found.text
 
 
