@@ -132,6 +132,10 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
     minimum, wrong = least(values.get("minimum_gbytes_per_second", "auto"))
     problems += wrong
     environment = values.get("environment") or {}
+    if not isinstance(environment, dict):
+        text = f"{PREFIX}environment is {environment!r}, but a mapping of names to values was expected"
+        problems.append(problem("environment", text, "write NAME: value lines"))
+        environment = {}
     without = [host for host, count in gpus.items() if not count]
     if found["backend"] == "nccl":
         for host in without:
