@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 # Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
 FINAL_EXIT_CODES = (2, 10)
+MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
 
@@ -53,6 +55,12 @@ def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict
     return values
 
 
+def place(unit: str) -> dict[str, str]:
+    """Return a unit's place in the cluster: the options of torchrun that say which node it is, of how many, and whose."""
+    found = re.findall(r"--(nnodes|node-rank|master-addr|master-port)=(\S+)", unit.partition(" -- ")[2])
+    return dict(reversed(found))  # the script's own arguments come after torchrun's
+
+
 def torchrun_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
     """Return the command that one would type by hand on a node. Static rendezvous, since c10d ignores --node-rank."""
     return [
@@ -94,4 +102,20 @@ def supervisor_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) 
     }
     for name, value in options.items():
         words += [f"--{name}", value]
+    for check in checks(job, node):
+        words += ["--check", check]
     return [str(word) for word in words]
+
+
+def checks(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
+    """Return what the supervisor looks at before every start of torchrun. It compares the clocks by itself."""
+    usable = len((node.get("hardware") or {}).get("usable_gpus") or [])
+    gpus = len(node["devices"].split(",")) if node.get("devices") else usable
+    wanted = [f"release={job['root']}/current:{job['release']}"]
+    if gpus:
+        wanted.append(f"gpus={gpus}")
+    if job["shm_free_mib"]:
+        wanted.append(f"shm={job['shm_free_mib'] * MIB}")
+    if job["disk_free_mib"]:
+        wanted.append(f"disk={job['checkpoint_dir']}:{job['disk_free_mib'] * MIB}")
+    return wanted

@@ -87,7 +87,7 @@ def outcome(look: Look) -> str:
 
 def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
     """Return why the job failed: node, rank and first error."""
-    cause = look.state.get("cause") or {}
+    cause = look.state.get("first_cause") or {}
     where = str(cause.get("host") or "a node")
     if cause.get("rank") is not None:
         where += f", rank {cause['rank']}"
@@ -102,6 +102,17 @@ def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
     if error:
         what.append(error[:400])
     return f"the job {job['name']} failed first on {where}: {', '.join(what) or look.result or 'no reason is known'}"
+
+
+def ending(job: t.Mapping[str, t.Any], outcome_: str, look: Look) -> str:
+    """Return how the job has ended, as a sentence."""
+    if outcome_ == "failed":
+        return f"{cause_sentence(job, look)}; logs are in {job['log_dir']} of each node"
+    if outcome_ == "stopped":
+        return f"the job {job['name']} was stopped before it finished; start it again"
+    if outcome_ == "finished":
+        return f"the job {job['name']} has finished"
+    return f"the job {job['name']} may run on, but its node with rank 0 does not answer"
 
 
 def is_step(line: str, pattern: str) -> bool:

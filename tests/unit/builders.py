@@ -45,6 +45,8 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "paths": {},
         "torch": {},
         "jobs": [],
+        "checkpoint": {},
+        "checkpoint_hosts": [],
         "glibc": "2.36",
         "clock_offset_seconds": 0.0,
         "cpus": 8,

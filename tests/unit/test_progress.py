@@ -77,7 +77,7 @@ def test_outcomes(active, state, outcome):
     ],
 )
 def test_causes(cause, sentence):
-    assert progress.cause_sentence(JOB, progress.Look("failed", "exit-code", {"cause": cause})) == sentence
+    assert progress.cause_sentence(JOB, progress.Look("failed", "exit-code", {"first_cause": cause})) == sentence
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_killed_worker_or_torchrun(gang, rank, victim):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_killed_supervisor(gang, rank):
-    three = gang(3)
+    three = gang(3, steps=150)     # the orphan must not finish before the others have noticed
     three.running(1)
     orphan = three.pid("worker", rank)
     three.processes[rank].kill()
@@ -166,7 +166,7 @@ def test_killed_supervisor(gang, rank):
     three.running(2, step=0)
     assert not alive(orphan)
     assert three.state()["restarts_left"] == 3
-    assert three.exits() == [0, 0, 0] and not three.leftovers()
+    assert three.exits(60) == [0, 0, 0] and not three.leftovers()
 
 
 def test_stop_on_one_node_ends_the_job_cleanly_everywhere(gang):
