@@ -14,8 +14,7 @@ MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
 # What every process of a job lives under (systemd.exec(5)), and what a measurement for the job must live under too.
-# Not PrivateDevices= nor ProtectClock=, which implies a list of allowed devices: both hide /dev/nvidia*.
-# Not MemoryDenyWriteExecute=: compilers of kernels write code.
+# The unit's template tells which directives training cannot bear.
 SERVICE_PROPERTIES = (
     "OOMPolicy=continue",
     "LogRateLimitIntervalSec=0",
@@ -30,9 +29,14 @@ SERVICE_PROPERTIES = (
     "ProtectHostname=yes",
     "RestrictSUIDSGID=yes",
     "RestrictRealtime=yes",
+    "RestrictNamespaces=yes",
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK",
     "LockPersonality=yes",
+    "KeyringMode=private",
     "CapabilityBoundingSet=",
     "AmbientCapabilities=",
+    "SystemCallArchitectures=native",
+    "SystemCallFilter=~@clock @cpu-emulation @module @mount @obsolete @raw-io @reboot @swap",
 )
 # Variables of a user that change how ranks talk to each other; a measurement for the job takes them over.
 COMMUNICATION = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "UCX_", "FI_")
