@@ -68,7 +68,7 @@ def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]
     if not found:
         text = f"{variable} names {lock.path}, which has no line torch==VERSION"
         problems.append(Problem("", variable, text, "make it from requirements that name torch"))
-    elif wanted and wanted.split("+")[0] != found:
+    elif wanted and wanted.split("+", maxsplit=1)[0] != found:
         text = f"{variable} has torch {found}, but pytorch_version is {wanted}"
         problems.append(Problem("", "pytorch_version", text, f"set pytorch_version: {found}, or make the lock anew"))
     for other in ("pytorch_packages", "pytorch_constraints"):

@@ -408,6 +408,11 @@ class Node:
             fitting = [version for version in offer.get(entry["name"], []) if apt_state.fits(version, entry["version"])]
             if fitting:
                 chosen.append(f"{entry['name']}={fitting[0]}" if entry["version"] else entry["name"])
+            elif strict and entry["name"].startswith("linux-headers-"):
+                self.fail(
+                    f"this node's apt sources have no {entry['name']}, which DKMS needs for the running kernel; "
+                    "install the newest kernel (apt-get full-upgrade), reboot into it and run this again"
+                )
             elif strict:
                 have = ", ".join(offer.get(entry["name"], [])[:5]) or "no version of it"
                 where = self.repository.get("url") or "this node's apt sources"

@@ -7,8 +7,8 @@ from __future__ import annotations
 import random
 import time
 
-AWAY = 20           # seconds for which a node stays off
-PARTITION = 30
+# Seconds for which a node stays off, and is cut off: longer than it takes to be missed. tests/soak.py takes full lengths.
+AWAY, PARTITION = 8, 12
 
 
 def _kill(machine, kind, signal="KILL"):

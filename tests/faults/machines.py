@@ -119,6 +119,7 @@ class Hall:
 
     def power_on(self):
         """Boot those that are off; the others are left alone."""
+        (self.place.nodes.parent / "shared").mkdir(parents=True, exist_ok=True)
         run("ansible-playbook", "playbooks/lab.yml", "-i", str(self.place.inventory), cwd=ROOT)
 
     def close(self):

@@ -165,6 +165,9 @@ def test_a_repository_without_the_version_says_what_it_has(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
     for message in refused(nodes.bring(driver(source, "570.10.01"))):
         assert f"{source.settings['url']} has no nvidia-driver-cuda 570.10.01-* (it has 580.105.08-1)" in message
+    packages = [{"name": "linux-headers-0.0.0-nowhere", "version": ""}, *driver(source)["packages"]]
+    for message in refused(nodes.bring(driver(source, packages=packages))):
+        assert "no linux-headers-0.0.0-nowhere, which DKMS needs for the running kernel; install the newest kernel" in message
     assert nodes.versions() == [{}, {}] and "onprem" not in nodes.files()
 
 

@@ -43,10 +43,10 @@ class Play:
         }
         self.file = folder / "plan.json"
 
-    def run(self, facts: t.Mapping[str, t.Any] = {}, **variables: t.Any) -> dict[str, dict[str, int]]:
+    def run(self, facts: t.Optional[t.Mapping[str, t.Any]] = None, **variables: t.Any) -> dict[str, dict[str, int]]:
         """Run the roles and return Ansible's counts by host; what it printed is in C(text)."""
         of_hosts = {name: {**self.variables, **variables, "lab_distribution": DISTRIBUTION[name]} for name in conftest.NAMES}
-        self.file.write_text(json.dumps({"cluster_plan": stack.plan(of_hosts, **facts), **variables}))
+        self.file.write_text(json.dumps({"cluster_plan": stack.plan(of_hosts, **(facts or {})), **variables}))
         done = conftest.ansible("ansible-playbook", "tests/nvidia/roles.yml", "-i", str(conftest.INVENTORY), "-e", f"@{self.file}")
         self.text = done.stdout
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

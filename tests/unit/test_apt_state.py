@@ -71,7 +71,7 @@ def test_madison_and_simulation():
     ("text", "word"),
     [
         ("Err:1 http://x / InRelease\n  Could not connect to 198.18.0.9:80 (198.18.0.9). - connect (111: Connection refused)\n", "Could not connect"),
-        ("W: GPG error: http://x / Release: The following signatures couldn't be verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
+        ("W: GPG error: http://x / Release: Not verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
         ("E: Unable to locate package x\n", "Unable to locate package x"),
     ],
 )
