@@ -36,7 +36,7 @@ NVLINK_GBYTES_PER_SECOND = ((60, 69, 18.0), (70, 79, 20.0), (80, 85, 20.0), (86,
 # NCCL src/graph/topo.h, ncclTopoAddPci: width x kvDictPciGen[speed] / 80; the dictionary by GT/s of one lane.
 PCI_LANE = {2.5: 15, 5.0: 30, 8.0: 60, 16.0: 120, 32.0: 240, 64.0: 480}
 # Share of the derived figure that healthy hardware reaches (docs/verify.md, "Floors").
-FLOORS = {"nvlink": 0.90, "pcie": 0.80, "rdma": 0.85, "tcp_slow": 0.80, "tcp_fast": 0.35}
+FLOORS = {"nvlink": 0.88, "pcie": 0.80, "rdma": 0.85, "tcp_slow": 0.80, "tcp_fast": 0.35}
 # Kernel TCP on one connection per channel saturates a core long before a 100 Gb/s port.
 FAST_TCP_MBITS = 100_000
 
@@ -117,7 +117,7 @@ def bus_bandwidth(size: int, seconds: float, ranks: int, collective: str = "all_
     return algorithm_bandwidth(size, seconds) * bus_factor(collective, ranks)
 
 
-def plateau(rows: t.Sequence[tuple[int, float]], near: float = 0.9) -> tuple[int, float]:
+def plateau(rows: t.Sequence[tuple[int, float]], near: float = 0.97) -> tuple[int, float]:
     """Return the size and bandwidth at the plateau: the median of the sizes within ``near`` of the best.
 
     A mean over all sizes would be ruled by the small ones, the single best would be ruled by luck.

@@ -168,9 +168,9 @@ def combined(values: t.Sequence[int], operation: str) -> int:
 
 
 def plateau(rows: t.Sequence[dict[str, t.Any]]) -> float:
-    """Return the bus bandwidth at the plateau: the median of the sizes within 10 % of the best."""
+    """Return the bus bandwidth at the plateau: the median of the sizes within 3 % of the best."""
     best = max(row["busbw"] for row in rows)
-    return statistics.median(row["busbw"] for row in rows if row["busbw"] >= 0.9 * best)
+    return statistics.median(row["busbw"] for row in rows if row["busbw"] >= 0.97 * best)
 
 
 def nvlink_minimum(ranks: t.Sequence[dict[str, t.Any]], nvlink: dict[str, t.Any]) -> float | None:
