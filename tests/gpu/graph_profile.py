@@ -1,6 +1,6 @@
 # Copyright: Contributors to the onprem.torch project
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where the time of a small all-reduce from a CUDA graph goes: kernels and the gaps between them, by torch's profiler.
+"""Where the time of a small all-reduce from a CUDA graph goes: what a graph costs, and what each further call in it costs.
 
 usage: python -m torch.distributed.run --nproc-per-node=2 graph_profile.py
 """
@@ -9,13 +9,52 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import sys
 import time
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
-CALLS, REPLAYS = 20, 20
+CALLS, REPLAYS = (1, 20, 100, 400), 20
+
+
+def capture(tensor, calls):
+    """A graph of so many all-reduces, warm."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _call in range(calls):
+            dist.all_reduce(tensor)
+    for _replay in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def spans(graph):
+    """Microseconds of GPU time of each replay by CUDA events, and of wall time of a replay in a row of them."""
+    dist.barrier(device_ids=[torch.cuda.current_device()])
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _mark in range(REPLAYS + 1)]
+    start = time.perf_counter()
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - start) / REPLAYS * 1e6
+    return statistics.median(one.elapsed_time(other) * 1e3 for one, other in zip(marks, marks[1:])), wall
+
+
+def kernels(tensor):
+    """Kernels of plain calls by torch's profiler: names and median microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _call in range(100):
+            dist.all_reduce(tensor)
+        torch.cuda.synchronize()
+    events = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"names": sorted({event.name[:60] for event in events}), "count": len(events),
+            "median_us": statistics.median(event.time_range.elapsed_us() for event in events) if events else None}
 
 
 def main():
@@ -27,32 +66,20 @@ def main():
     for _call in range(5):
         dist.all_reduce(tensor)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _call in range(CALLS):
-            dist.all_reduce(tensor)
-    for _replay in range(5):
-        graph.replay()
-    dist.barrier(device_ids=[local])
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _replay in range(REPLAYS):
-        graph.replay()
-    torch.cuda.synchronize()
-    wall = (time.perf_counter() - start) / REPLAYS / CALLS
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _replay in range(REPLAYS):
-            graph.replay()
-        torch.cuda.synchronize()
-    kernels = sorted((event.time_range.start, event.time_range.end, event.name) for event in found.events()
-                     if event.device_type == torch.autograd.DeviceType.CUDA)
-    gaps = [later[0] - earlier[1] for earlier, later in zip(kernels, kernels[1:])]
-    steps = [later[0] - earlier[0] for earlier, later in zip(kernels, kernels[1:])]
+    result = {}
+    for calls in CALLS:
+        graph = capture(tensor, calls)
+        gpu, wall = spans(graph)
+        result[str(calls)] = {"gpu_us": gpu, "wall_us": wall}
+        del graph
+    result["each_us"] = (result["400"]["gpu_us"] - result["20"]["gpu_us"]) / 380
+    result["graph_us"] = result["20"]["gpu_us"] - 20 * result["each_us"]
     if dist.get_rank() == 0:
-        print(json.dumps({"wall_us": wall * 1e6, "kernels_per_call": len(kernels) / REPLAYS / CALLS,
-                          "kernel_us": statistics.median(end - begin for begin, end, _name in kernels),
-                          "gap_us": statistics.median(gaps), "step_us": statistics.median(steps),
-                          "gap_us_p90": sorted(gaps)[int(len(gaps) * 0.9)], "names": sorted({name[:80] for *_times, name in kernels})}), flush=True)
+        print(json.dumps(result), flush=True)
+    if "--kernels" in sys.argv:
+        found = kernels(tensor)
+        if dist.get_rank() == 0:
+            print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 

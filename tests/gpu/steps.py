@@ -277,8 +277,7 @@ class Run:
         lines += [f"8 B from a CUDA graph: {mine:.2f} us, nccl-tests -G {other:.2f} us, ratio {mine / other:.3f}; "
                   f"called from Python {statistics.median(latencies['call']):.2f} us"]
         where = self.profile()
-        lines += [f"of ours, by torch's profiler: kernel {where['kernel_us']:.2f} us, gap to the next one {where['gap_us']:.2f} us, "
-                  f"{where['kernels_per_call']:g} kernels a call"]
+        lines += [f"of ours: {where['graph_us']:.1f} us for a graph, {where['each_us']:.2f} us for each call in it"]
         # One process with a thread for each GPU reaches the other GPU's memory by pointer; two processes cannot.
         shared = nccl_tests.Program(path, len(self.gpus), {**self.environment, "NCCL_P2P_DIRECT_DISABLE": "1"})
         indirect = shared("-b", "8", "-e", "8", "-n", "20", "-w", "20", "-G", "20", "-c", "0", log="-latency-indirect")[0]["time_us"]
