@@ -45,6 +45,10 @@ class ActionModule(ActionBase):
                 host: (hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") or {"error": "no answer"}
                 for host in plan["order"]
             }
+            firewalls = {host: hostvars.raw_get(host).get("__firewall_status") or {} for host in plan["order"]}
+            for host, answer in firewalls.items():
+                if "error" not in infos[host]:
+                    infos[host] = {**infos[host], "firewall": job_state.firewall(answer)}
             data = {"job": plan["job"]["name"], "time": time.time(), "nodes": infos}
             lines = job_state.status_lines(plan["job"]["name"], infos, plan["order"])
         if arguments["format"] == "json":

@@ -85,14 +85,14 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
             try:
                 jobs[name] = load(text)
             except ValueError as error:
-                problems.append(f"{path} cannot be read ({error}): remove it and run the role for that job again.")
+                problems.append(f"{path} cannot be read ({error}); remove it and run the role for that job again.")
     if request.state == "absent":
         if request.job is None:
             return []
     elif request.state == "present":
         if request.interface and not node.has_interface(request.interface):
             known = ", ".join(name for name in node.interfaces() if name != "lo")
-            problems.append(f"cluster_interface is {request.interface}, which this node does not have: choose one of {known}.")
+            problems.append(f"cluster_interface is {request.interface}, which this node does not have; choose one of {known}.")
         if problems:
             raise SpecError(problems)
         before = plan.range_before(facts)
@@ -280,7 +280,7 @@ def _finish_pending(node: Node) -> None:
         if not os.path.isdir(files.ROLLBACK_DIR + ".running"):
             return
         time.sleep(0.1)
-    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists): look at `systemctl status {files.ROLLBACK_UNIT}`.")
+    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists); look at `systemctl status {files.ROLLBACK_UNIT}`.")
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def _lock(read_only: bool) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 if attempt == 299:
-                    raise NodeError("Another run has been changing the firewall for 30 s: wait for it, or look at `ps` on the node.") from None
+                    raise NodeError("Another run has been changing the firewall for 30 s; wait for it, or look at `ps` on the node.") from None
                 time.sleep(0.1)
         yield True
 

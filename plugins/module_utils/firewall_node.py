@@ -211,7 +211,7 @@ class Node:
         config = "/org/fedoraproject/FirewallD1/config"
         if self.bus(".direct", "getAllRules") != self.bus(".config.direct", "getSettings", path=config)[1]:
             raise NodeError(
-                "firewalld holds direct rules that are not permanent, and the reload that new sets need would drop them: "
+                "firewalld holds direct rules that are not permanent, and the reload that new sets need would drop them; "
                 "keep them with `firewall-cmd --runtime-to-permanent`, or remove them."
             )
         zones: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}

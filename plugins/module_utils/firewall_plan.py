@@ -99,17 +99,17 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
     """
     problems: list[str] = []
     if facts.firewalld_active and facts.ufw_enabled:
-        problems.append("firewalld and ufw are both active: they overwrite each other's rules, disable one of them.")
+        problems.append("firewalld and ufw are both active; they overwrite each other's rules, disable one of them.")
     active = "firewalld" if facts.firewalld_active else "ufw" if facts.ufw_enabled else "nftables"
     program = {"firewalld": "firewall-cmd", "ufw": "ufw", "nftables": "nft"}
     if asked != "auto" and asked != active:
         if program[asked] not in facts.programs:
-            problems.append(f"firewall_backend is {asked}, which is not installed: install and enable it, or set firewall_backend to auto.")
+            problems.append(f"firewall_backend is {asked}, which is not installed; install and enable it, or set firewall_backend to auto.")
         elif asked == "nftables":
-            problems.append(f"firewall_backend is nftables, but {active} is active and decides: set firewall_backend to auto or {active}.")
+            problems.append(f"firewall_backend is nftables, but {active} is active and decides; set firewall_backend to auto or {active}.")
         else:
             problems.append(
-                f"firewall_backend is {asked}, which is installed but not active: enable it with your SSH access allowed, or set firewall_backend to auto."
+                f"firewall_backend is {asked}, which is installed but not active; enable it with your SSH access allowed, or set firewall_backend to auto."
             )
     chains = verdict.deciding_chains(facts.ruleset, first_packets(jobs))
     ours = {key: reason for key, reason in chains.items() if not of_a_manager(key, facts)}
@@ -117,19 +117,19 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
         name = " ".join(key)
         if verdict.managed_by_iptables(facts.ruleset, key):
             problems.append(
-                f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables: "
+                f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables; "
                 "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
             )
         elif active != "nftables":
-            problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}): keep one of the two.")
+            problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}); keep one of the two.")
     if facts.legacy and active == "nftables":
         problems.append(
-            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables: "
+            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables; "
             "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
         )
     if active == "firewalld" and facts.firewalld.backend != "nftables":
         problems.append(
-            f"firewalld writes to {facts.firewalld.backend}, which cannot be compared with what it should hold: set FirewallBackend=nftables in "
+            f"firewalld writes to {facts.firewalld.backend}, which cannot be compared with what it should hold; set FirewallBackend=nftables in "
             "/etc/firewalld/firewalld.conf and restart firewalld."
         )
     if problems:

@@ -148,7 +148,7 @@ def flushed(live: Live) -> bool:
 def problems(wanted: Sequence[Accept], files: Mapping[str, str]) -> list[str]:
     """Why the rules cannot be written, a sentence each."""
     return [
-        f"{path} has no filter table that ends with COMMIT, so the peers' rules have no place: put back ufw's own (/usr/share/ufw/iptables)."
+        f"{path} has no filter table that ends with COMMIT, so the peers' rules have no place; put back ufw's own (/usr/share/ufw/iptables)."
         for version, path in RULES_FILES.items()
         if path in files and rule_lines(wanted, version) and with_block(files[path], rule_lines(wanted, version)) is None
     ]

@@ -142,4 +142,27 @@ STATUS_HEADER = ("HOST", "RANK", "STATE", "SINCE", "GENERATION", "RESTARTS LEFT"
 
 def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
     """Return the job's status as a table."""
-    return [f"job {job}", *table(status_rows(infos, order, time.time()), STATUS_HEADER)]
+    return [f"job {job}", *table(status_rows(infos, order, time.time()), STATUS_HEADER), *firewall_lines(infos, order)]
+
+
+def firewall(answer: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    """Return what the firewall's module answered to state verified, as the status keeps it; empty without an answer."""
+    if answer.get("problems"):
+        return {"backend": "", "intact": False, "differences": list(answer["problems"])}
+    if "in_sync" not in answer:
+        return {}
+    differences = list(answer["differences"])
+    return {"backend": answer["backend"], "intact": not differences, "differences": differences}
+
+
+def firewall_lines(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
+    """Return one line on all firewalls, or one for each node whose firewall is not as the role left it."""
+    found = {host: (infos.get(host) or {}).get("firewall") or {} for host in order}
+    bad = [host for host in order if found[host].get("intact") is False]
+    if not bad and any(found.values()):
+        kinds = ", ".join(sorted({entry["backend"] for entry in found.values() if entry}))
+        return ["", f"firewall intact on {sum(map(bool, found.values()))} nodes ({kinds})"]
+    cure = "run train.yml or provision.yml"
+    return [""] * bool(bad) + [
+        f"{host}: its firewall does not hold what it should ({' '.join(found[host]['differences'])[:300]}); {cure}" for host in bad
+    ]

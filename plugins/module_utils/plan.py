@@ -14,7 +14,7 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, nvidia, ports, pytorch_plan, ranks
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_checks, launch, network, node_checks, nvidia, ports, pytorch_plan, ranks
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Variables that describe one node. All others describe the job and are the same on every host.
@@ -26,6 +26,7 @@ PER_HOST = frozenset(
         "torchrun_node_out",
         "cluster_interface",
         "pytorch_python",
+        "firewall_backend",
     }
 )
 
@@ -184,6 +185,7 @@ def make(
     }
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
+    problems += firewall_checks.check(hosts, numbers)
     problems += node_checks.check_all(hosts, chosen, name_of_job)
     line, stacks, found = nvidia.decide_all(
         [(host.name, host.variables, host.node) for host in hosts],
