@@ -21,14 +21,14 @@ def test_fingerprints_are_those_of_gpg(tmp_path, algorithm):
     for words in (["--export"], ["--armor", "--export"]):
         data = subprocess.run([*gpg, *words], check=True, capture_output=True).stdout
         assert openpgp.fingerprints(data) == wanted
-        with pytest.raises(openpgp.NoKeyError):
+        with pytest.raises(openpgp.KeyFileError):
             openpgp.fingerprints(data[: len(data) // 2])
     subprocess.run(["gpgconf", "--homedir", str(home), "--kill", "all"], check=False)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"-----BEGIN PGP PUBLIC KEY BLOCK-----\n\n!!!!\n-----END PGP PUBLIC KEY BLOCK-----\n"])
 def test_what_is_no_key_is_said_to_be_none(data):
-    with pytest.raises(openpgp.NoKeyError):
+    with pytest.raises(openpgp.KeyFileError):
         openpgp.fingerprints(data)
 
 
