@@ -114,8 +114,9 @@ def parse_ipsets(text: str) -> dict[str, tuple[str, frozenset[str]]]:
             types[words[1]] = f"{words[2]} family {words[4]}"
         elif words[:1] == ["add"] and len(words) >= 3 and words[1] in types:
             elements.setdefault(words[1], []).append(words[2])
-    # Only our own sets hold nothing but addresses and networks; others are left as they are.
-    return {name: (kind, normal(elements.get(name, ())) if kind.startswith(("hash:ip family", "hash:net family")) else frozenset()) for name, kind in types.items()}
+    # Other kinds hold more than addresses and networks, and are none of ours.
+    ours = {name: kind for name, kind in types.items() if kind.startswith(("hash:ip family", "hash:net family"))}
+    return {name: (kind, normal(elements.get(name, ()))) for name, kind in ours.items()}
 
 
 def differences(live: Live, wanted: Sequence[Accept]) -> list[str]:

@@ -7,8 +7,10 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import typing as t
 from pathlib import Path
@@ -26,6 +28,7 @@ OUTSIDER = yaml.safe_load((INVENTORY / "group_vars" / "all.yml").read_text())["l
 NETWORK6 = "fdc6:1815:0:48::"
 # The job's three ports and one of the kernel's: each has a listener on every node, and SSH has one of its own.
 MASTER, SUPERVISOR, VERIFIER, EPHEMERAL, MONITORING = 29500, 29501, 29600, 45678, 9400
+SOCKETS = tempfile.mkdtemp(prefix="ssh-")
 LISTENER = f"""
 import asyncio
 async def hello(reader, writer):
@@ -51,7 +54,9 @@ for port in sys.argv[2:]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail where a test was skipped or none ran."""
+    """Fail where a test was skipped or none ran; end the connections."""
+    on_all(Node.hang_up)
+    shutil.rmtree(SOCKETS, ignore_errors=True)
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and (reporter.stats.get("skipped") or not reporter.stats.get("passed")):
         session.exitstatus = 1
@@ -80,10 +85,19 @@ class Node:
 
     def run(self, command: str, check: bool = True, data: str | None = None) -> str:
         """Run a shell command as root and return what it prints."""
-        words = ["ssh", "-o", "ConnectTimeout=10", "-F", str(INVENTORY / ".state" / "ssh_config"), self.name, f"sudo sh -c {shlex.quote(command)}"]
+        words = [*self.ssh(), self.name, f"sudo sh -c {shlex.quote(command)}"]
         done = subprocess.run(words, input=data or "", capture_output=True, text=True, timeout=120, check=False)
         assert not check or done.returncode == 0, f"{self.name}: {command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def ssh(self) -> list[str]:
+        """Return the words that log in; one connection serves many commands."""
+        options = ["ConnectTimeout=10", "ControlMaster=auto", f"ControlPath={SOCKETS}/{self.name}", "ControlPersist=120"]
+        return ["ssh", "-F", str(INVENTORY / ".state" / "ssh_config"), *(word for option in options for word in ("-o", option))]
+
+    def hang_up(self) -> None:
+        """End the connection."""
+        subprocess.run([*self.ssh(), "-O", "exit", self.name], capture_output=True, check=False)
 
     def listen(self) -> None:
         """Have it listen on the job's ports and an ephemeral one."""
@@ -96,17 +110,6 @@ class Node:
         """Connect from this node to ports of an address: what comes back, or why nothing does."""
         text = self.run(f"python3 - {address} {' '.join(map(str, ports))}", data=CONNECT)
         return {int(line.split()[0]): line.split(None, 1)[1] for line in text.splitlines()}
-
-    def module(self, arguments: dict[str, t.Any]) -> dict[str, t.Any]:
-        """Run the firewall's module on the node and return its answer."""
-        words = ["ansible", self.name, "-m", "onprem.torch.peer_firewall", "-a", json.dumps(arguments)]
-        done = ansible(*words, ANSIBLE_LOAD_CALLBACK_PLUGINS="1", ANSIBLE_STDOUT_CALLBACK="ansible.posix.json")
-        answer: dict[str, t.Any] = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"][self.name]
-        return answer
-
-    def differences(self) -> list[str]:
-        """What the module says differs from what should be."""
-        return list(self.module({"state": "verified", "job": "train"})["differences"])
 
 
 NODES = [Node(name) for name in HOSTS]
@@ -130,7 +133,20 @@ def wait_until(condition: t.Callable[[], t.Any], what: str, seconds: float = 90)
 def ansible(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run one of Ansible's commands on the scenario's inventory."""
     command = [str(BIN / words[0]), "-i", str(INVENTORY), *words[1:]]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "ANSIBLE_FORCE_COLOR": "0", **environment}, capture_output=True, text=True, timeout=500, check=False)
+    environment = {**os.environ, "ANSIBLE_FORCE_COLOR": "0", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def module(arguments: dict[str, t.Any], pattern: str = "train") -> dict[str, dict[str, t.Any]]:
+    """Run the firewall's module on nodes and return their answers by name."""
+    words = ["ansible", pattern, "-m", "onprem.torch.peer_firewall", "-a", json.dumps(arguments)]
+    done = ansible(*words, ANSIBLE_LOAD_CALLBACK_PLUGINS="1", ANSIBLE_STDOUT_CALLBACK="ansible.posix.json")
+    return json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
+
+
+def differences(pattern: str = "train") -> dict[str, list[str]]:
+    """What the module says differs from what should be, by node."""
+    return {name: list(answer["differences"]) for name, answer in module({"state": "verified", "job": "train"}, pattern).items()}
 
 
 def converge(*words: str, works: bool = True) -> str:
