@@ -138,7 +138,6 @@ def test_flush_by_hand_is_seen_by_status_and_healed_by_the_next_run():
     in_sync()
     assert_packets()
     assert "firewall intact on 6 nodes (firewalld, nftables, ufw)" in ansible("ansible-playbook", "onprem.torch.status").stdout
-    on_all(restore_administrators_rules, [BY_NAME["fwd12"]])
 
 
 def test_rules_survive_a_reboot():
