@@ -214,7 +214,10 @@ def _firewalld(node: Node, wanted: plan.Target, facts: plan.Facts, lost: Sequenc
     if not facts.firewalld_active:
         return
     accepts = wanted.accepts if wanted.backend == "firewalld" else []
-    if firewalld.needs_reload(facts.firewalld, accepts):
+    if plan.flushed(facts):
+        # Older releases end a reload with an error where they do not find the table that they want to replace.
+        node.command(["nft", "add", "table", *firewalld.TABLE])
+    if plan.flushed(facts) or firewalld.needs_reload(facts.firewalld, accepts):
         node.command(["firewall-cmd", "--reload"])
         for command in lost:
             node.command(command)
@@ -262,7 +265,7 @@ def _snapshot(
     commands = []
     commands.append(f"sh {files.ROLLBACK_DIR}.running/restore --clean")
     if facts.firewalld_active:
-        commands += ["firewall-cmd --reload", *(shlex.join(command) for command in lost)]
+        commands += [f"nft add table {' '.join(firewalld.TABLE)}", "firewall-cmd --reload", *(shlex.join(command) for command in lost)]
     if plan.wanted_range(wanted, facts):
         first, last = facts.kernel_range
         commands.append(f"echo {first} {last} >{files.RANGE_SYSCTL}")
