@@ -7,6 +7,7 @@ Pure: everything is text. The shell scripts are POSIX sh and awk, so that they w
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import Iterable, Mapping, Optional
 
@@ -185,6 +186,7 @@ def rollback_script(files: Mapping[str, bool], commands: Iterable[str], links: O
     for path, existed in sorted((links or {}).items()):
         quoted = shlex.quote(path)
         lines.append(f"ln -sf /etc/systemd/system/{shlex.quote(path.rsplit('/', 1)[-1])} {quoted}" if existed else f"rm -f {quoted}")
-    lines += ["systemctl daemon-reload", *commands]
+    folders = " ".join((RULES_DIR, JOBS_DIR, os.path.dirname(RULES_DIR), os.path.dirname(SCRIPT), os.path.dirname(DROP_IN)))
+    lines += ["systemctl daemon-reload", *commands, f"rmdir {folders} 2>/dev/null"]
     lines += [f"rm -rf {ROLLBACK_DIR}.running", f"touch {ROLLBACK_DIR}.done", ""]
     return "\n".join(lines)
