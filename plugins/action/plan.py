@@ -9,7 +9,7 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import node_checks, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
@@ -59,13 +59,28 @@ class ActionModule(ActionBase):
                 host.node = {}
             hosts.append(host)
         release = self._release(hosts[0], task_vars)
-        plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST))
+        plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST), self._lock(hosts[0], task_vars))
         problems += found
         result.update(plan)
         result.update(changed=False, problems=[problem.as_dict() for problem in problems])
         if problems and arguments["fail"]:
             result.update(failed=True, msg=report(problems))
         return result
+
+    def _lock(self, host: planning.Host, task_vars: dict[str, t.Any]) -> pytorch_plan.Lock:
+        """Return the lock file of torch and its packages as it lies on the control node."""
+        variable = "pytorch_lock"
+        name = str(host.variables.get(variable) or "")
+        if not name:
+            return pytorch_plan.Lock()
+        path = resolve(name, task_vars)
+        try:
+            with open(path, encoding="utf-8") as stream:
+                return pytorch_plan.Lock(path, stream.read())
+        except (OSError, UnicodeDecodeError) as error:
+            text = f"{variable} is {name!r}, but {path} cannot be read ({getattr(error, 'strerror', '') or 'it is no text'})"
+            cure = "correct the path (relative paths start at the inventory's folder)"
+            return pytorch_plan.Lock(path, problems=(Problem("", variable, text, cure),))
 
     def _release(self, host: planning.Host, task_vars: dict[str, t.Any]) -> planning.Release:
         """Return the job's source as it lies on the control node."""

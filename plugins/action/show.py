@@ -37,7 +37,7 @@ class ActionModule(ActionBase):
         )
         plan = arguments["plan"]
         if arguments["view"] == "plan":
-            data: t.Any = {key: plan[key] for key in ("group", "order", "nodes", "peers", "job", "fingerprint")}
+            data: t.Any = {key: plan[key] for key in ("group", "cuda_version", "order", "nodes", "peers", "job", "fingerprint")}
             lines = job_state.plan_lines(plan)
         else:
             hostvars = (task_vars or {})["hostvars"]

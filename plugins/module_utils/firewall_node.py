@@ -50,7 +50,7 @@ class Node:
     def read(self, path: str) -> Optional[str]:
         """A file's text, None where there is none."""
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as handle:
+            with open(path, encoding="utf-8", errors="surrogateescape", newline="") as handle:
                 return handle.read()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -61,7 +61,7 @@ class Node:
         os.makedirs(folder, mode=0o755, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=".onprem-torch-")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape") as stream:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
                 stream.write(content)
             try:
                 status = os.stat(path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia_text
+
 
 def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
     """Return what has to be done to run the staged release everywhere, and a sentence.
@@ -73,8 +75,14 @@ def plan_lines(plan: t.Mapping[str, t.Any]) -> list[str]:
         for host, node in plan["nodes"].items()
     ]
     lines = table(rows, ("RANK", "HOST", "ADDRESS", "INTERFACE", "PROCESSES", "DEVICES"))
+    line = plan.get("cuda_version") or ""
     return [
         *lines,
+        "",
+        *table(nvidia_text.rows(plan), nvidia_text.HEADLINE),
+        *([f"CUDA line {line}" if line != "cpu" else "no GPUs: torch for CPUs"] if line else []),
+        *nvidia_text.package_lines(plan),
+        *nvidia_text.advice_lines(plan),
         "",
         f"job {job['name']}: {job['world_size']} processes on {job['nnodes']} nodes, "
         f"MASTER_ADDR={job['master_addr']} MASTER_PORT={job['master_port']}",
