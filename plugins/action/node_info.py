@@ -64,10 +64,14 @@ class ActionModule(ActionBase):
         source = str(variables.get("torchrun_source") or "")
         remote = [source[len("remote:") :]] if source.startswith("remote:") else []
         environment = variables.get("pytorch_environment")
+        job = f"{variables.get('torchrun_root')}/{variables.get('torchrun_job')}"
         folders = [str(variables[key]) for key in ("pytorch_root", "torchrun_root") if variables.get(key)]
         if variables.get("cuda_toolkit"):
             folders += [nvidia.TOOLKIT_FOLDER, nvidia.ARCHIVES_FOLDER]
         return {
+            "job_root": job,
+            "checkpoint_dir": str(variables.get("torchrun_checkpoint_dir") or f"{job}/checkpoints"),
+            "checkpoint_glob": str(variables.get("torchrun_checkpoint_glob") or "*"),
             "disk_paths": folders,
             "packages": nvidia.package_patterns(self._loader.load_from_file(catalog.MANIFEST)),
             "paths": [*map(str, variables.get("torchrun_data_paths") or []), *remote],

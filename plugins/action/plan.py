@@ -9,7 +9,7 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
@@ -33,6 +33,7 @@ class ActionModule(ActionBase):
                 "group": {"type": "str", "required": True},
                 "nodes_variable": {"type": "str", "default": "__cluster_node"},
                 "fail": {"type": "bool", "default": True},
+                "starts": {"type": "bool", "default": False},
             }
         )
         group = arguments["group"]
@@ -57,10 +58,13 @@ class ActionModule(ActionBase):
             problems += node_checks.unreadable(host)
             if host.node.get("error"):
                 host.node = {}
+            host.replaces = str(reader.raw(name).get("_cluster_replaces") or "")
             hosts.append(host)
         release = self._release(hosts[0], task_vars)
         plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST), self._lock(hosts[0], task_vars))
         problems += found
+        if arguments["starts"]:
+            problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
         result.update(plan)
         result.update(changed=False, problems=[problem.as_dict() for problem in problems])
         if problems and arguments["fail"]:

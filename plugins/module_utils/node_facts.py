@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -255,3 +256,26 @@ def firewalls(root: str = "/") -> dict[str, list[str]]:
     if "ufw" in installed and any(line.strip().lower() == "enabled=yes" for line in settings.splitlines()):
         active.append("ufw")
     return {"installed": installed, "active": active}
+
+
+def newest(folder: str, pattern: str) -> dict[str, t.Any]:
+    """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if folder else []:
+        try:
+            found.append((os.path.getmtime(path), path, os.path.getsize(path)))
+        except OSError:
+            continue  # replaced while we looked
+    if not found:
+        return {}
+    modified, path, size = max(found)
+    return {"path": path, "name": os.path.basename(path), "time": modified, "bytes": size}
+
+
+def checkpoint_hosts(job_root: str) -> list[str]:
+    """Return the hosts on which the job's supervisors have seen checkpoints, as this node knows it."""
+    try:
+        state = json.loads(read_text(os.path.join(job_root, "state", "state.json"), "{}")) if job_root else {}
+    except ValueError:
+        state = {}
+    return [str(host) for host in state.get("checkpoint_hosts") or []]

@@ -59,12 +59,14 @@ class Host:
         variables: public variables of the roles, typed, defaults filled in.
         node: what node_info found; empty where the host could not be read.
         address: ansible_host where it is set, else the name.
+        replaces: the node that is out and whose place this spare takes; empty for a host in its own place.
     """
 
     name: str
     variables: dict[str, t.Any]
     node: dict[str, t.Any] = field(default_factory=dict)
     address: str = ""
+    replaces: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def make(
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
     problems += firewall_checks.check(hosts, numbers)
+    told = {problem.variable for problem in problems}
+    problems += [problem for problem in ports.reserved(numbers, hosts, name_of_job) if problem.variable not in told]
     problems += node_checks.check_all(hosts, chosen, name_of_job)
     problems += verify_config.problems_of(hosts)
     line, stacks, found = nvidia.decide_all(
@@ -230,6 +234,7 @@ def make(
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],
+            "replaces": host.replaces or None,
             "address": end.address,
             "address6": end.address6 or None,
             "interface": end.interface,
@@ -298,6 +303,8 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, 
         "max_restarts": variables.get("torchrun_max_restarts") or 0,
         "hang_timeout": variables.get("torchrun_hang_timeout") or 0,
         "stop_timeout": variables.get("torchrun_stop_timeout") or 120,
+        "shm_free_mib": variables.get("torchrun_shm_free_mib") or 0,
+        "disk_free_mib": variables.get("torchrun_disk_free_mib") or 0,
         "wait_for": str(variables.get("torchrun_wait_for") or "first_step"),
         "start_timeout": variables.get("torchrun_start_timeout") or 600,
         "step_pattern": str(variables.get("torchrun_step_pattern") or ""),

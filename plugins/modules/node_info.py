@@ -34,6 +34,18 @@ options:
     description: Folder whose C(environments) are read in the same way.
     type: str
     default: ""
+  job_root:
+    description: Folder of the job, for what its supervisor has written.
+    type: str
+    default: ""
+  checkpoint_dir:
+    description: Folder whose newest checkpoint is looked for.
+    type: str
+    default: ""
+  checkpoint_glob:
+    description: Pattern of the checkpoints' names.
+    type: str
+    default: "*"
   packages:
     description: Names of Debian packages to tell of, in which C(*) stands for any text.
     type: list
@@ -141,6 +153,13 @@ node:
       description: The jobs of this collection on the node, with C(job), C(unit), C(active), C(devices) and ports.
       type: list
       elements: dict
+    checkpoint:
+      description: C(name) and C(time) of the newest checkpoint; empty where there is none.
+      type: dict
+    checkpoint_hosts:
+      description: Hosts on which the job's supervisors have seen checkpoints.
+      type: list
+      elements: str
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -175,6 +194,9 @@ def main() -> None:
             "paths": {"type": "list", "elements": "str", "default": []},
             "environments": {"type": "list", "elements": "str", "default": []},
             "environments_root": {"type": "str", "default": ""},
+            "job_root": {"type": "str", "default": ""},
+            "checkpoint_dir": {"type": "str", "default": ""},
+            "checkpoint_glob": {"type": "str", "default": "*"},
             "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "default": "/usr/bin/python3"},
         },
@@ -211,6 +233,8 @@ def main() -> None:
         "packages": apt_state.chosen(apt_state.parse_status(node_facts.read_text(apt_state.STATUS)), module.params["packages"]),
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
+        "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
+        "checkpoint_hosts": node_facts.checkpoint_hosts(module.params["job_root"]),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

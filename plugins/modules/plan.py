@@ -24,6 +24,11 @@ options:
     description: Name of the variable in which each host holds the result of M(onprem.torch.node_info).
     type: str
     default: __cluster_node
+  starts:
+    description:
+      - Whether the job is to be started, so that a spare must not begin without the checkpoints of the node that it replaces.
+    type: bool
+    default: false
   fail:
     description: Whether problems fail the task. With V(false) they are only returned.
     type: bool

@@ -40,16 +40,19 @@ async def main():
 asyncio.run(main())
 """
 CONNECT = """
-import socket, sys
-for port in sys.argv[2:]:
+import concurrent.futures, socket, sys
+def ask(port):
     try:
         with socket.create_connection((sys.argv[1], int(port)), timeout=3) as connection:
             connection.settimeout(3)
-            print(port, connection.recv(5).decode())
+            return connection.recv(5).decode()
     except TimeoutError:
-        print(port, "dropped")
+        return "dropped"
     except OSError as error:
-        print(port, error.strerror)
+        return error.strerror
+with concurrent.futures.ThreadPoolExecutor(len(sys.argv)) as pool:
+    for port, answer in zip(sys.argv[2:], pool.map(ask, sys.argv[2:])):
+        print(port, answer)
 """
 
 
