@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
 MINUTES ?= 10
 
-.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean
+.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -40,3 +40,9 @@ docs: setup ## Build the documentation site in build/docs
 
 clean: setup ## Remove the lab: nodes, bridge, mounts, firewall table
 	ansible-playbook playbooks/lab.yml -i inventories/lab -e lab_state=absent
+
+bundle: setup ## Fetch all that make gpu needs without network, into build/bundle
+	@tools/bundle.sh
+
+gpu: ## Run everything on this machine's GPUs (as root): tables, and build/gpu.json
+	@tools/gpu.sh

@@ -192,12 +192,16 @@ def same_torch(hosts: t.Sequence[Host]) -> list[Problem]:
             continue
         environment = str(host.variables.get(variable) or "")
         version = host.node["torch"].get(environment, "")
+        wanted = str(host.variables.get("pytorch_version") or "")
         if not environment:
             text = "pytorch_source is existing, but pytorch_environment does not say which environment"
             problems.append(Problem(host.name, variable, text, "set pytorch_environment to its folder"))
         elif not version:
             text = f"{variable} is {environment}, in which there is no torch"
             problems.append(Problem(host.name, variable, text, "name the folder of an environment with torch"))
+        elif wanted and version.split("+")[0] != wanted.split("+")[0]:
+            text = f"pytorch_version is {wanted}, but {environment} holds torch {version}"
+            problems.append(Problem(host.name, "pytorch_version", text, "leave it empty for whatever is there, or correct it"))
         else:
             nccl = (host.node["torch_builds"].get(environment) or {}).get("nccl")
             versions.setdefault(f"{version} with NCCL {nccl}" if nccl else version, []).append(host.name)

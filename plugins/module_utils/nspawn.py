@@ -22,6 +22,20 @@ import typing as t
 
 # An interface name has at most 15 characters (linux/if.h, IFNAMSIZ); nspawn makes "vb-" + machine.
 LONGEST_MACHINE = 11
+# Services and timers that a node of a lab has no use for, and that would cost the shared CPUs.
+MASKED_UNITS = (
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "man-db.timer",
+    "console-getty.service",
+    "getty@.service",
+    "getty.target",
+    "systemd-networkd-wait-online.service",
+    "systemd-resolved.service",
+)
 
 
 def machine_name(name: str, bridge: str) -> str:
@@ -83,6 +97,9 @@ def nspawn_words(
     words += ["--resolv-conf=copy-host", "--timezone=off", f"--machine={machine}", f"--hostname={name}"]
     words += [f"--directory={directory}", f"--network-bridge={bridge}"]
     words += [f"--bind={path}" for path in devices]
+    if devices:
+        # NVIDIA's libraries make device files that are missing, also those of GPUs that are another node's.
+        words += ["--drop-capability=CAP_MKNOD"]
     words += [f"--bind-ro={path}" for path in binds]
     words += [f"--setenv={key}={value}" for key, value in sorted(environment.items())]
     return words
@@ -91,11 +108,16 @@ def nspawn_words(
 # nspawn ends with this status when the node asks for a reboot; its caller has to start it again (systemd-nspawn(1)).
 REBOOT_STATUS = 133
 
-# nspawn wants a plain cgroup2 mount; where PID 1 is no systemd one is made that only this node sees. nspawn enters a
-# cgroup of its own, this shell stays outside: a cgroup with processes cannot hand controllers to its children.
+# nspawn wants a plain cgroup2 mount and an identity of the host; where PID 1 is no systemd both are made so that only this
+# node sees them. nspawn enters a cgroup of its own, this shell stays outside: a cgroup with processes cannot hand
+# controllers to its children.
 WITHOUT_SYSTEMD = f"""
 umount -R /sys/fs/cgroup 2>/dev/null
 mount -t cgroup2 none /sys/fs/cgroup || exit 1
+if [ ! -s /etc/machine-id ]; then
+    id=$(mktemp) && tr -d - </proc/sys/kernel/random/uuid >"$id" || exit 1
+    touch /etc/machine-id && mount --bind "$id" /etc/machine-id && rm "$id" || exit 1
+fi
 group=/sys/fs/cgroup/onprem-lab/$1
 mkdir -p "$group" || exit 1
 shift

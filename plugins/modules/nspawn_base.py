@@ -68,28 +68,15 @@ import os
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.onprem.torch.plugins.module_utils import nspawn
 
 SUITES = {"debian-12": "bookworm", "debian-13": "trixie"}
-# Services and timers that a node of a lab has no use for, and that would cost the shared CPUs.
-MASKED = (
-    "apt-daily.timer",
-    "apt-daily-upgrade.timer",
-    "dpkg-db-backup.timer",
-    "e2scrub_all.timer",
-    "fstrim.timer",
-    "man-db.timer",
-    "console-getty.service",
-    "getty@.service",
-    "getty.target",
-    "systemd-networkd-wait-online.service",
-    "systemd-resolved.service",
-)
 FORMAT = 1  # counts up when the hook below changes
 
 
 def hook(user: str) -> str:
     """Return the shell commands that finish the root file system; the folder is the first argument."""
-    masks = " ".join(MASKED)
+    masks = " ".join(nspawn.MASKED_UNITS)
     return "; ".join(
         [
             "set -e",

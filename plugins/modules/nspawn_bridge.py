@@ -30,6 +30,10 @@ options:
     description: IPv6 address of the bridge with prefix length.
     type: str
     default: ""
+  masquerade:
+    description: Whether the nodes reach the outside by masquerading; needs nf_tables in the kernel.
+    type: bool
+    default: true
   outsiders:
     description: Network namespaces, each with C(name), C(address) and, if wanted, C(address6), both with prefix length.
     type: list
@@ -142,15 +146,20 @@ class Bridge:
             self.change(f"address {address}", ["ip", "address", "add", address, "dev", self.name, *nodad])
         if "UP" not in self.run("ip", "link", "show", "dev", self.name, check=False).split(">")[0]:
             self.change("link up", ["ip", "link", "set", self.name, "up"])
-        self.sysctl(FORWARD, 1)
         self.sysctl(INSTANCES, ENOUGH_INSTANCES)
+        if params["masquerade"]:
+            self.masquerade()
+        for outsider in params["outsiders"]:
+            self.outsider(outsider)
+
+    def masquerade(self) -> None:
+        """Let the nodes reach what this machine reaches."""
+        self.sysctl(FORWARD, 1)
         there = self.run("nft", "--stateless", "list", "table", "ip", self.table(), check=False)
         if there.split() != self.rules().split():
             self.changes.append(f"table {self.table()}")
             if not self.module.check_mode:
                 self.load_rules(bool(there))
-        for outsider in params["outsiders"]:
-            self.outsider(outsider)
 
     def load_rules(self, replace: bool) -> None:
         """Put the table into the kernel, in one step."""
@@ -202,6 +211,7 @@ def main() -> None:
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "address": {"type": "str", "default": ""},
             "address6": {"type": "str", "default": ""},
+            "masquerade": {"type": "bool", "default": True},
             "outsiders": {"type": "list", "elements": "dict", "default": []},
         },
         supports_check_mode=True,

@@ -272,9 +272,22 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
         lambda: two(
             pytorch_source="existing",
             pytorch_environment="/opt/e",
+            pytorch_version="",
             nodes=({"torch": {"/opt/e": "2.13.0"}}, {"torch": {"/opt/e": "2.12.0"}}),
         ),
         ["n2: torch is 2.12.0 here and 2.13.0 on n1, but one version was expected on all nodes; install the same torch everywhere."],
+    ),
+    "another torch than asked for": (
+        lambda: two(
+            pytorch_source="existing",
+            pytorch_environment="/opt/e",
+            pytorch_version="2.13.0",
+            nodes=({"torch": {"/opt/e": "2.11.0+cu130"}}, {"torch": {"/opt/e": "2.13.0+cu130"}}),
+        ),
+        [
+            "n1: pytorch_version is 2.13.0, but /opt/e holds torch 2.11.0+cu130; "
+            "leave it empty for whatever is there, or correct it."
+        ],
     ),
     "environment without torch": (
         lambda: two(
