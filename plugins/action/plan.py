@@ -12,7 +12,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks, source_tree
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connections
 
 SUPERVISOR = os.path.join(catalog.ROLES, "torchrun", "files", "torchrun_supervisor.py")
 
@@ -32,16 +32,17 @@ class ActionModule(ActionBase):
             argument_spec={
                 "group": {"type": "str", "required": True},
                 "nodes_variable": {"type": "str", "default": "__cluster_node"},
+                "nodes": {"type": "bool", "default": True},
                 "fail": {"type": "bool", "default": True},
             }
         )
         group = arguments["group"]
         names = list(task_vars["groups"].get(group, []))
         if not names:
-            cure = f"add the nodes' addresses to the group {group} of the inventory"
-            empty = Problem("", "cluster_group", f"the group {group} has no hosts", cure)
-            return {**result, "failed": True, "msg": report([empty]), "problems": [empty.as_dict()]}
+            return failure(result, [empty_group(group, task_vars)])
         reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
+        if not arguments["nodes"]:
+            return self._look_ahead(result, group, names, reader)
         left_out = {
             entry[entry["ansible_loop_var"]]: entry
             for entry in (task_vars.get("__cluster_left_out_nodes") or {}).get("results") or []
@@ -58,16 +59,41 @@ class ActionModule(ActionBase):
             if host.node.get("error"):
                 host.node = {}
             hosts.append(host)
-        release = self._release(hosts[0], task_vars)
-        plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST))
+        plan, found = self._plan(group, hosts, reader)
         problems += found
-        result.update(plan)
-        result.update(changed=False, problems=[problem.as_dict() for problem in problems])
         if problems and arguments["fail"]:
-            result.update(failed=True, msg=report(problems))
-        return result
+            return failure(result, problems)
+        return {**result, **plan, "changed": False, "problems": [problem.as_dict() for problem in problems]}
 
-    def _release(self, host: planning.Host, task_vars: dict[str, t.Any]) -> planning.Release:
+    def _look_ahead(self, result: dict[str, t.Any], group: str, names: t.Sequence[str], reader: catalog.Reader) -> dict[str, t.Any]:
+        """Fail where Ansible could not connect to a host for its variables' sake, with all else that the inventory has wrong."""
+        problems: list[Problem] = []
+        for name in names:
+            try:
+                raw, templar = reader.environment(name)
+            except Exception as error:  # a file of the inventory that is no YAML, or whose key is missing
+                problems.append(unreadable_host(name, error))
+                continue
+            problems += connections.check(name, raw, templar)
+        if not problems:
+            return {**result, "changed": False}
+        unreadable = {problem.host for problem in problems if not problem.variable}
+        hosts = []
+        for name in names:
+            if name not in unreadable:
+                host, found = reader.host(name)
+                problems += found
+                hosts.append(host)
+        if not hosts:
+            return failure(result, problems)
+        return failure(result, problems + self._plan(group, hosts, reader)[1])
+
+    def _plan(self, group: str, hosts: t.Sequence[planning.Host], reader: catalog.Reader) -> tuple[dict[str, t.Any], list[Problem]]:
+        """Return the plan and the problems that show in it."""
+        release = self._release(hosts[0], str(reader.raw(hosts[0].name).get("inventory_dir") or os.getcwd()))
+        return planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST))
+
+    def _release(self, host: planning.Host, folder: str) -> planning.Release:
         """Return the job's source as it lies on the control node."""
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
@@ -79,7 +105,7 @@ class ActionModule(ActionBase):
             return planning.Release("", script, problems=(missing,))
         if source.startswith("remote:"):
             return planning.Release("", script or "train.py", source[len("remote:") :], supervisor)
-        path = resolve(source, task_vars)
+        path = resolve(source, folder)
         try:
             members = source_tree.files(path)
         except source_tree.SourceError as error:
@@ -97,6 +123,47 @@ class ActionModule(ActionBase):
         return planning.Release(source_tree.tree_hash(members), script, path, supervisor, tuple(problems))
 
 
-def resolve(source: str, task_vars: dict[str, t.Any]) -> str:
-    """Return the absolute path of a source; relative ones start at the inventory's folder."""
-    return os.path.normpath(os.path.join(task_vars.get("inventory_dir") or os.getcwd(), os.path.expanduser(source)))
+def resolve(source: str, folder: str) -> str:
+    """Return the absolute path of a source; relative ones start at ``folder``, the inventory's."""
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(source)))
+
+
+def failure(result: dict[str, t.Any], problems: t.Sequence[Problem]) -> dict[str, t.Any]:
+    """Return a failed result that says what is wrong and nothing else, since a person reads it."""
+    return {**result, "changed": False, "failed": True, "msg": report(problems)}
+
+
+def unreadable_host(name: str, error: Exception) -> Problem:
+    """Return the problem of a host whose variables Ansible cannot put together, because of a file of the inventory."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    place = ""
+    cause: BaseException | None = error
+    while cause and not place:
+        # Ansible's errors carry the place that they are about: a file with line and column.
+        place = str(cause.obj) if getattr(getattr(cause, "obj", None), "path", None) else ""
+        cause = cause.__cause__ or cause.__context__
+    if "vault" in reason.lower() or "decrypt" in reason.lower():
+        text = "variables lie in an encrypted file that cannot be read"
+        return Problem(name, "", text, "give the right key with --vault-password-file or --ask-vault-pass")
+    text = f"the inventory's variables cannot be read ({reason}{f', {place}' if place else ''})"
+    return Problem(name, "", text, "correct that file")
+
+
+def empty_group(group: str, task_vars: dict[str, t.Any]) -> Problem:
+    """Return the problem of a group without hosts, with the likeliest cure."""
+    sources = ", ".join(str(source) for source in task_vars.get("ansible_inventory_sources") or [])
+    text = f"the group {group} has no hosts" + (f" in {sources}" if sources else "")
+    elsewhere = set()
+    for name in task_vars["groups"].get("all", []):
+        try:
+            elsewhere.add(task_vars["hostvars"].raw_get(name).get("cluster_group"))
+        except Exception:  # named once the group is found
+            continue
+    elsewhere = {str(chosen) for chosen in elsewhere if isinstance(chosen, str) and chosen != group}
+    if elsewhere:
+        cure = f"choose the group on the command line, where plays can read it: -e cluster_group={min(elsewhere)}"
+    elif not task_vars["groups"].get("all"):
+        cure = "give an inventory that has hosts with -i"
+    else:
+        cure = f"add the nodes' addresses to the group {group}"
+    return Problem("", "cluster_group", text, cure)
