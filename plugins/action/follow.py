@@ -76,7 +76,7 @@ class ActionModule(ActionBase):
             found = {"outcome": outcome, "last_step": last_step, "last_line": last_line, "checkpoint": look.checkpoint}
             if outcome == "failed":
                 text = f"{progress.cause_sentence(job, look)}; logs are in {job['log_dir']} of each node"
-                return {**found, "failed": True, "msg": text, "cause": look.state.get("cause") or {}}
+                return {**found, "failed": True, "msg": text, "cause": look.state.get("first_cause") or {}}
             if outcome == "stopped":
                 return {**found, "failed": True, "msg": f"the job {job['name']} was stopped before it finished; start it again"}
             if outcome == "finished":

@@ -11,6 +11,29 @@ import typing as t
 FINAL_EXIT_CODES = (2, 10)
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
+# What every process of a job lives under (systemd.exec(5)), and what a measurement for the job must live under too.
+# Not PrivateDevices= nor ProtectClock=, which implies a list of allowed devices: both hide /dev/nvidia*.
+# Not MemoryDenyWriteExecute=: compilers of kernels write code.
+SERVICE_PROPERTIES = (
+    "OOMPolicy=continue",
+    "LogRateLimitIntervalSec=0",
+    "LimitMEMLOCK=infinity",
+    "LimitNOFILE=1048576",
+    "TasksMax=infinity",
+    "NoNewPrivileges=yes",
+    "ProtectSystem=strict",
+    "PrivateTmp=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectHostname=yes",
+    "RestrictSUIDSGID=yes",
+    "RestrictRealtime=yes",
+    "LockPersonality=yes",
+    "CapabilityBoundingSet=",
+    "AmbientCapabilities=",
+)
+# Variables of a user that change how ranks talk to each other; a measurement for the job takes them over.
+COMMUNICATION = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "UCX_", "FI_")
 
 
 def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[str, t.Any]:
@@ -27,19 +50,32 @@ def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[s
         "mounts": list(dict.fromkeys(mounts)),
         "protect_home": not in_home,
         "final_exit_codes": list(FINAL_EXIT_CODES),
+        "service_properties": list(SERVICE_PROPERTIES),
     }
+
+
+def network_environment(node: t.Mapping[str, t.Any]) -> dict[str, str]:
+    """Return the variables that choose a node's interface and GPUs."""
+    # Names of interfaces are matched exactly with '=', else as prefixes (NCCL user guide, NCCL_SOCKET_IFNAME).
+    values = {"NCCL_SOCKET_IFNAME": f"={node['interface']}", "GLOO_SOCKET_IFNAME": node["interface"]}
+    if node.get("devices"):
+        values["CUDA_VISIBLE_DEVICES"] = node["devices"]
+    return values
+
+
+def communication_environment(variables: t.Mapping[str, str]) -> dict[str, str]:
+    """Return those of a user's variables that change how ranks talk to each other."""
+    return {name: value for name, value in variables.items() if name.startswith(COMMUNICATION)}
 
 
 def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict[str, str]:
     """Return the environment of a node's unit: the variables that Lightning's page sets by hand, and torch's own."""
     root = job["root"]
-    values = {
+    return {
         "MASTER_ADDR": job["master_addr"],
         "MASTER_PORT": str(job["master_port"]),
         "NODE_RANK": str(node["rank"]),
-        # Names of interfaces are matched exactly with '=', else as prefixes (NCCL user guide, NCCL_SOCKET_IFNAME).
-        "NCCL_SOCKET_IFNAME": f"={node['interface']}",
-        "GLOO_SOCKET_IFNAME": node["interface"],
+        **network_environment(node),
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
         "PYTHONUNBUFFERED": "1",
         # Release and environment are read-only, so home and caches are folders of the job's.
@@ -48,9 +84,6 @@ def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict
         "TORCHRUN_JOB": job["name"],
         "TORCHRUN_CHECKPOINT_DIR": job["checkpoint_dir"],
     }
-    if node.get("devices"):
-        values["CUDA_VISIBLE_DEVICES"] = node["devices"]
-    return values
 
 
 def torchrun_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:

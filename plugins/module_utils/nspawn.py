@@ -17,6 +17,7 @@ import glob
 import hashlib
 import os
 import socket
+import subprocess
 import typing as t
 
 # An interface name has at most 15 characters (linux/if.h, IFNAMSIZ); nspawn makes "vb-" + machine.
@@ -113,6 +114,14 @@ def boot_words(machine: str, words: t.Sequence[str]) -> list[str]:
         properties = [f"--property={name}={REBOOT_STATUS}" for name in ("RestartForceExitStatus", "SuccessExitStatus")]
         return ["systemd-run", "--quiet", f"--unit=nspawn-{machine}", "--property=Delegate=yes", *properties, "--collect", "--", *words]
     return ["setsid", "unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", WITHOUT_SYSTEMD, "boot", machine, *words]
+
+
+def start(words: t.Sequence[str], console: str) -> None:
+    """Start a process that outlives the module, with its output in a file."""
+    with open(console, "wb") as stream:
+        subprocess.Popen(  # pylint: disable=consider-using-with
+            words, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, close_fds=True, cwd="/", start_new_session=True
+        )
 
 
 def network_file(address: str, address6: str, gateway: str) -> str:

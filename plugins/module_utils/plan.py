@@ -14,7 +14,7 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, nvidia, ports, pytorch_plan, ranks
+from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, nvidia, ports, pytorch_plan, ranks, verify_config
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Variables that describe one node. All others describe the job and are the same on every host.
@@ -185,6 +185,7 @@ def make(
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
     problems += node_checks.check_all(hosts, chosen, name_of_job)
+    problems += verify_config.problems_of(hosts)
     line, stacks, found = nvidia.decide_all(
         [(host.name, host.variables, host.node) for host in hosts],
         manifest or {},

@@ -38,7 +38,7 @@ class Look:
 def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
     """Return a shell command that looks once; cheap enough to be run every second."""
     unit = shlex.quote(job["unit"])
-    journal = f"journalctl --quiet --no-pager --output=cat --show-cursor --unit={unit}"
+    journal = f"SYSTEMD_COLORS=0 journalctl --quiet --no-pager --output=cat --show-cursor --unit={unit}"
     if cursor:
         journal += f" --after-cursor={shlex.quote(cursor)}"
     else:
@@ -86,22 +86,12 @@ def outcome(look: Look) -> str:
 
 
 def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
-    """Return why the job failed: node, rank and first error."""
-    cause = look.state.get("cause") or {}
-    where = str(cause.get("host") or "a node")
-    if cause.get("rank") is not None:
-        where += f", rank {cause['rank']}"
-    if cause.get("local_rank") is not None:
-        where += f" (local rank {cause['local_rank']})"
-    what = []
-    if cause.get("signal"):
-        what.append(f"killed by {cause['signal']}")
-    elif cause.get("exit_code") is not None:
-        what.append(f"exit code {cause['exit_code']}")
-    error = " ".join(str(cause.get("error") or "").split())
-    if error:
-        what.append(error[:400])
-    return f"the job {job['name']} failed first on {where}: {', '.join(what) or look.result or 'no reason is known'}"
+    """Return why the job failed: node, rank and first error, as the supervisors agree on them."""
+    cause = " ".join(str((look.state.get("first_cause") or {}).get("text") or "").split())
+    if cause:
+        return f"the job {job['name']} failed first on {cause[:600]}"
+    reason = str(look.state.get("text") or "") or f"its unit ended with {look.result or 'an unknown result'}"
+    return f"the job {job['name']} failed: {reason[:600]}"
 
 
 def is_step(line: str, pattern: str) -> bool:

@@ -39,7 +39,7 @@ def answer(
         "measured": measured,
         "expected": expected.value,
         "minimum": minimum if minimum is not None else expected.minimum,
-        "arithmetic": expected.arithmetic if minimum is None else f"nccl_verify_minimum demands {minimum:g} GB/s",
+        "arithmetic": expected.arithmetic if minimum is None else f"nccl_verify_minimum_gbytes_per_second demands {minimum:g} GB/s",
         "baseline": baseline.sentence(),
         "baseline_minimum": baseline.minimum,
     }
@@ -60,13 +60,14 @@ def answer(
 
 
 def overall(answers: t.Iterable[t.Mapping[str, t.Any]], failures: t.Sequence[str], culprits: t.Sequence[t.Any]) -> str:
-    """Return the verdict: fail if anything failed or is at fault, else the most worrying answer.
+    """Return the verdict: fail if anything failed, else the most worrying answer.
 
-    Unknown hardware is a warning, so the verdict then is ``warn``: neither a pass nor a block.
+    Unknown hardware is a warning, so the verdict then is ``warn``: neither a pass nor a block. A node or link that is only
+    slower than the others, while every figure is reached or unknown, is a warning too.
     """
-    if failures or culprits:
+    if failures:
         return "fail"
-    found = {entry["status"] for entry in answers}
+    found = {entry["status"] for entry in answers} | ({"warn"} if culprits else set())
     for status in ORDER:
         if status in found:
             return {"unknown": "warn", "none": "pass"}.get(status, status)

@@ -129,7 +129,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 import uuid
 
@@ -251,16 +250,7 @@ class Node:
         )
         with open(self.settings_path, "w", encoding="utf-8") as stream:
             json.dump(self.settings, stream)
-        with open(os.path.join(self.folder, "console.log"), "wb") as console:
-            subprocess.Popen(  # pylint: disable=consider-using-with
-                nspawn.boot_words(self.machine, words),
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=console,
-                close_fds=True,
-                cwd="/",
-                start_new_session=True,
-            )
+        nspawn.start(nspawn.boot_words(self.machine, words), os.path.join(self.folder, "console.log"))
         deadline = time.monotonic() + 10
         while not self.is_on():
             if time.monotonic() > deadline:

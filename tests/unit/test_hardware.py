@@ -131,7 +131,7 @@ def test_unknown_products_of_a_known_chip_tell_their_generation():
 def test_this_machine_answers_quickly():
     hardware.collect()
     times = []
-    for _ in range(5):
+    for _round in range(5):
         before = time.process_time()
         hardware.collect()
         times.append(time.process_time() - before)

@@ -76,7 +76,7 @@ def test_the_plan_depends_on_nothing_but_its_input(hosts):
 
 
 SPOILS = {
-    "one rank": lambda hosts: hosts[0].variables.update(torchrun_node_rank=7),
+    "one rank": lambda hosts: hosts[0].variables.update(torchrun_node_rank=4711),
     "a negative rank": lambda hosts: [each.variables.update(torchrun_node_rank=number - 1) for number, each in enumerate(hosts)],
     "master name": lambda hosts: [each.variables.update(torchrun_master_addr="gpu01") for each in hosts],
     "master loopback": lambda hosts: [each.variables.update(torchrun_master_addr="127.0.0.1") for each in hosts],

@@ -63,21 +63,18 @@ def test_outcomes(active, state, outcome):
 
 
 @pytest.mark.parametrize(
-    ("cause", "sentence"),
+    ("state", "sentence"),
     [
         (
-            {"host": "n2", "rank": 9, "local_rank": 1, "signal": "SIGKILL"},
-            "the job train failed first on n2, rank 9 (local rank 1): killed by SIGKILL",
+            {"first_cause": {"text": "n1, rank 0 (local rank 0): exit code 1: RuntimeError:\n  bad shape"}},
+            "the job train failed first on n1, rank 0 (local rank 0): exit code 1: RuntimeError: bad shape",
         ),
-        (
-            {"host": "n1", "exit_code": 1, "error": "RuntimeError:\n  bad shape"},
-            "the job train failed first on n1: exit code 1, RuntimeError: bad shape",
-        ),
-        ({}, "the job train failed first on a node: exit-code"),
+        ({"first_cause": None, "text": "waiting for n2"}, "the job train failed: waiting for n2"),
+        ({}, "the job train failed: its unit ended with exit-code"),
     ],
 )
-def test_causes(cause, sentence):
-    assert progress.cause_sentence(JOB, progress.Look("failed", "exit-code", {"cause": cause})) == sentence
+def test_causes(state, sentence):
+    assert progress.cause_sentence(JOB, progress.Look("failed", "exit-code", state)) == sentence
 
 
 @pytest.mark.parametrize(

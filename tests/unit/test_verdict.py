@@ -39,6 +39,13 @@ def test_one_failed_answer_is_not_hidden_by_the_others():
     assert verdict.overall([good], [], []) == "pass"
 
 
+def test_a_slow_link_warns_where_every_figure_is_reached_and_fails_with_a_figure_that_is_not():
+    good = verdict.answer("application", 100.0, KNOWN, NEW)
+    assert verdict.overall([good], [], ["a link"]) == "warn"
+    assert verdict.overall([verdict.answer("application", 5.0, UNKNOWN, NEW)], [], ["a link"]) == "warn"
+    assert verdict.overall([verdict.answer("application", 50.0, KNOWN, NEW)], [], ["a link"]) == "fail"
+
+
 @pytest.mark.parametrize(
     ("values", "minimum"),
     [

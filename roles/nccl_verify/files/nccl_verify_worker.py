@@ -38,6 +38,7 @@ DEFAULTS: dict[str, t.Any] = {
     "pair_size": 0,  # 0: 128 MiB on GPUs, 1 MiB on CPUs
     "pair_repeats": 5,
     "timeout": 60,
+    "nvlink": {},  # NCCL's GB/s of a link by compute capability, and the share that must be reached
     "minimum": {},  # inside, wire, application: GB/s that are needed, where known
     "hosts": [],  # names by node rank, for a person
     "plant": {},  # for tests: {"rank": 1, "index": 12345, "where": "output"}
@@ -164,6 +165,23 @@ def weights(ranks: int, dtype: str, operation: str, repeat: int) -> tuple[list[i
 def combined(values: t.Sequence[int], operation: str) -> int:
     """Return the weight that the result must have."""
     return {"sum": sum, "max": max, "min": min}[operation](values)
+
+
+def plateau(rows: t.Sequence[dict[str, t.Any]]) -> float:
+    """Return the bus bandwidth at the plateau: the median of the sizes within 10 % of the best."""
+    best = max(row["busbw"] for row in rows)
+    return statistics.median(row["busbw"] for row in rows if row["busbw"] >= 0.9 * best)
+
+
+def nvlink_minimum(ranks: t.Sequence[dict[str, t.Any]], nvlink: dict[str, t.Any]) -> float | None:
+    """Return the bus bandwidth that the NVLinks of the ranks' GPUs must give; None where they have none or do not tell."""
+    gpus = [entry.get("gpu") or {} for entry in ranks]
+    links = min((gpu.get("nvlinks") or 0) for gpu in gpus)
+    if not nvlink or not links:
+        return None
+    capability = min(gpu["capability"] for gpu in gpus)
+    each = next((value for level, value in nvlink["speeds"] if capability >= level), 0.0)
+    return links * each * nvlink["floor"] or None
 
 
 def size_of(text: str) -> int:
@@ -477,10 +495,9 @@ class Bench:
 
     def pair_buffers(self, size: int) -> tuple[t.Any, t.Any]:
         """Return what is sent and where it is received."""
-        make = self.torch.ones if self.gpu else self.torch.ones
         if not hasattr(self, "pair_send") or self.pair_send.numel() * 4 != size:
-            self.pair_send = make(size // 4, dtype=self.torch.float32, device=self.device)
-            self.pair_receive = make(size // 4, dtype=self.torch.float32, device=self.device)
+            self.pair_send = self.torch.ones(size // 4, dtype=self.torch.float32, device=self.device)
+            self.pair_receive = self.torch.ones(size // 4, dtype=self.torch.float32, device=self.device)
         return self.pair_send, self.pair_receive
 
     def one_way(self, source: int, target: int, size: int) -> dict[str, t.Any] | None:
@@ -579,7 +596,7 @@ class Bench:
     def run(self) -> dict[str, t.Any]:
         """Do everything and return the result, the same on all ranks."""
         config = self.config
-        began = time.perf_counter()
+        began, started = time.perf_counter(), time.time()
         sizes = []
         size = config["size_min"]
         while size <= self.size_max:
@@ -596,7 +613,7 @@ class Bench:
         pair_size = config["pair_size"] or (128 << 20 if self.gpu else 1 << 20)
         wire = self.wire(pair_size)
         measured = {
-            "application": max(row["busbw"] for row in rows),
+            "application": plateau(rows),
             "inside": min((entry["gbytes_per_second"] for entry in inside), default=None),
             "wire": min((entry["gbytes_per_second"] for entry in wire), default=None),
         }
@@ -621,6 +638,7 @@ class Bench:
             "inside": inside,
             "wire": wire,
             "measured": measured,
+            "started": started,
             "pairs": between,
             "inside_pairs": within,
             "seconds": time.perf_counter() - began,
@@ -632,7 +650,9 @@ class Bench:
             return False
         if self.config["pairwise"] == "always":
             return True
-        minimum = self.config["minimum"]
+        minimum = dict(self.config["minimum"])
+        if "inside" not in minimum and len(self.here) > 1:
+            minimum["inside"] = nvlink_minimum(self.ranks, self.config["nvlink"])
         short = 0.0
         for figure in (name, "application"):
             value, needed = measured[figure], minimum.get(figure)
@@ -720,6 +740,7 @@ def main() -> int:
             rank = os.environ.get("RANK", "0")
             entry = {
                 "rank": int(rank),
+                "time": time.time(),
                 "stage": bench.now if bench else read(os.path.join(options.folder, f"stage-{rank}")) or "starting",
                 "type": type(error).__name__,
                 "text": str(error)[:4000],

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs every check, or those that are named: tools/test.sh [SUITE...]. Prints what took how long; fails if one failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PATH=$PWD/${VENV:-.venv}/bin:$PATH
+export ANSIBLE_CONFIG=$PWD/ansible.cfg NO_COLOR=1
+
+# name: command. Those without nodes come first, since they are the quickest to tell.
+suites=(
+    "lint: ansible-lint --offline && yamllint --strict ."
+    "unit: pytest -q tests/unit"
+    "sanity: tools/sanity.sh"
+    "collection: pytest -q tests/collection"
+    "quickstart: pytest -q tests/quickstart"
+    "molecule-default: molecule test --scenario-name default"
+    "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
+    "nvidia: pytest -q tests/nvidia"
+    "faults: pytest -q tests/faults"
+)
+
+chosen() {
+    [ ${#wanted[@]} -eq 0 ] && return 0
+    local entry
+    for entry in "${wanted[@]}"; do [ "$entry" = "$1" ] && return 0; done
+    return 1
+}
+
+wanted=("$@")
+for name in "${wanted[@]}"; do
+    printf '%s\n' "${suites[@]%%:*}" | grep -qx -- "$name" || {
+        echo "test: there is no suite $name; there are: ${suites[*]%%:*}" >&2
+        exit 2
+    }
+done
+
+rows=()
+passed=0
+failed=0
+for suite in "${suites[@]}"; do
+    name=${suite%%:*}
+    command=${suite#*: }
+    chosen "$name" || continue
+    printf '\n=== %s: %s\n' "$name" "$command"
+    began=$SECONDS
+    if bash -c "$command"; then
+        verdict=passed
+        passed=$((passed + 1))
+    else
+        verdict=FAILED
+        failed=$((failed + 1))
+    fi
+    rows+=("$(printf '%-20s %-7s %5d s' "$name" "$verdict" $((SECONDS - began)))")
+done
+
+printf '\n=== all suites, %d s\n' "$SECONDS"
+printf '%s\n' "${rows[@]}"
+printf '%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" -eq 0 ]
