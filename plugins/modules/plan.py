@@ -60,28 +60,28 @@ EXAMPLES = r"""
 RETURN = r"""
 order:
   description: Hosts in the order of their ranks.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: list
   elements: str
 nodes:
   description: By host C(rank), C(address), C(address6), C(interface), C(nproc), C(devices), hardware and variables.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 peers:
   description: Training addresses of all nodes, as C(ipv4) and C(ipv6).
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 job:
   description: Name, unit, MASTER_ADDR, ports, script, arguments, folders and release of the job.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 fingerprint:
   description: Changes when the nodes, their hardware or versions change.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: str
 problems:
   description: What is wrong, with C(host), C(variable) and C(message).
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: list
   elements: dict
 """
