@@ -110,7 +110,10 @@ import os
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, node_lock
+
+# Time that what a killed run has left behind may take to end, in seconds.
+WAIT = 600
 
 # Importing it proves that the installation works, and leaves the byte code that the job's user cannot write.
 PROBE = """
@@ -178,8 +181,8 @@ def provide_distribution(module: AnsibleModule) -> dict[str, object]:
     return result
 
 
-def build(module: AnsibleModule, folder: str, python_version: str) -> dict[str, str]:
-    """Build the environment anew and return its versions."""
+def build(module: AnsibleModule, folder: str, python_version: str, lock: int) -> None:
+    """Build the environment anew; ``lock`` is handed on to what it runs."""
     params = module.params
     root = params["root"]
     wheels = os.path.join(root, "wheels")
@@ -196,14 +199,14 @@ def build(module: AnsibleModule, folder: str, python_version: str) -> dict[str, 
             install += ["--index", url]
     environ = {"UV_CACHE_DIR": os.path.join(root, "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
     for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], [*install, *params["requirements"]]):
-        returncode, stdout, stderr = module.run_command(command, environ_update=environ)
+        returncode, stdout, stderr = module.run_command(command, environ_update=environ, pass_fds=[lock])
         if returncode != 0:
             reason = " ".join((stderr.strip() or stdout.strip()).split())[-600:]
             module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
     versions = versions_of(module, python)
     check_version(module, versions["torch"], folder)
+    os.sync()  # the record must not outlive a power loss that the files before it did not
     environment.write_record(folder, params["requirements"], python_version, versions)
-    return versions
 
 
 def provide_virtual(module: AnsibleModule) -> dict[str, object]:
@@ -226,7 +229,14 @@ def provide_virtual(module: AnsibleModule) -> dict[str, object]:
         os.makedirs(os.path.join(params["root"], "wheels"), exist_ok=True)
         result.update(changed=False, missing=missing, incomplete=True)
         return result
-    result["versions"] = build(module, folder, python_version)
+    try:
+        with node_lock.held("pytorch", WAIT) as lock:
+            # An earlier run that was killed may have ended its work meanwhile.
+            if environment.differences(folder, params["requirements"], python_version):
+                build(module, folder, python_version, lock)
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"{folder} cannot be built: {error}; wait for it to end and run the play again")
+    result["versions"] = environment.record_of(folder)["versions"]
     return result
 
 
