@@ -20,6 +20,9 @@ from job import FOREVER, Job
 from machines import Hall
 
 
+faults.AWAY, faults.PARTITION = 60, 30
+
+
 def main(minutes: float, seed: int) -> int:
     chance = random.Random(seed)
     print(f"random faults for {minutes:g} minutes, seed {seed}", flush=True)

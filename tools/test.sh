@@ -7,7 +7,7 @@ export ANSIBLE_CONFIG=$PWD/ansible.cfg NO_COLOR=1
 
 # name: command. Those without nodes come first, since they are the quickest to tell.
 suites=(
-    "lint: ansible-lint --offline && yamllint --strict ."
+    "lint: ansible-lint --offline && yamllint --strict . && antsibull-changelog lint"
     "unit: pytest -q tests/unit"
     "sanity: tools/sanity.sh"
     "collection: pytest -q tests/collection"

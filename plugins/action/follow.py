@@ -75,12 +75,10 @@ class ActionModule(ActionBase):
             outcome = progress.outcome(look)
             found = {"outcome": outcome, "last_step": last_step, "last_line": last_line, "checkpoint": look.checkpoint}
             if outcome == "failed":
-                text = f"{progress.cause_sentence(job, look)}; logs are in {job['log_dir']} of each node"
-                return {**found, "failed": True, "msg": text, "cause": look.state.get("first_cause") or {}}
-            if outcome == "stopped":
-                return {**found, "failed": True, "msg": f"the job {job['name']} was stopped before it finished; start it again"}
-            if outcome == "finished":
-                return {**found, "msg": f"the job {job['name']} has finished"}
+                cause = look.state.get("first_cause") or {}
+                return {**found, "failed": True, "msg": progress.ending(job, outcome, look), "cause": cause}
+            if outcome in ("stopped", "finished"):
+                return {**found, "failed": outcome == "stopped", "msg": progress.ending(job, outcome, look)}
             if until == "first_step" and (last_step or look.checkpoint != first_checkpoint):
                 return {**found, "msg": f"the job {job['name']} trains"}
             if time.monotonic() - seen > job["start_timeout"] and not last_step:

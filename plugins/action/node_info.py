@@ -11,7 +11,7 @@ import typing as t
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import connection_errors
+from ansible_collections.onprem.torch.plugins.module_utils import connection_errors, node_facts, nvidia
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
 
 
@@ -54,6 +54,8 @@ class ActionModule(ActionBase):
         then = float(node.pop("time"))
         # Only an offset beyond the time that the question took is sure.
         node["clock_offset_seconds"] = min(then - before, 0.0) or max(then - after, 0.0)
+        settings = (node.get("hardware") or {}).get("settings") or {}
+        node["control_node"] = node_facts.same_machine(node_facts.machine(), node, bool(settings.get("container")))
         result.update(changed=False, node=node)
         return result
 
@@ -64,8 +66,16 @@ class ActionModule(ActionBase):
         source = str(variables.get("torchrun_source") or "")
         remote = [source[len("remote:") :]] if source.startswith("remote:") else []
         environment = variables.get("pytorch_environment")
+        job = f"{variables.get('torchrun_root')}/{variables.get('torchrun_job')}"
+        folders = [str(variables[key]) for key in ("pytorch_root", "torchrun_root") if variables.get(key)]
+        if variables.get("cuda_toolkit"):
+            folders += [nvidia.TOOLKIT_FOLDER, nvidia.ARCHIVES_FOLDER]
         return {
-            "disk_paths": [str(variables[key]) for key in ("pytorch_root", "torchrun_root") if variables.get(key)],
+            "job_root": job,
+            "checkpoint_dir": str(variables.get("torchrun_checkpoint_dir") or f"{job}/checkpoints"),
+            "checkpoint_glob": str(variables.get("torchrun_checkpoint_glob") or "*"),
+            "disk_paths": folders,
+            "packages": nvidia.package_patterns(self._loader.load_from_file(catalog.MANIFEST)),
             "paths": [*map(str, variables.get("torchrun_data_paths") or []), *remote],
             "environments": [str(environment)] if environment else [],
             "environments_root": str(variables.get("pytorch_root") or ""),

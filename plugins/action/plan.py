@@ -9,10 +9,10 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import node_checks, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connections
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 
 SUPERVISOR = os.path.join(catalog.ROLES, "torchrun", "files", "torchrun_supervisor.py")
 
@@ -33,7 +33,9 @@ class ActionModule(ActionBase):
                 "group": {"type": "str", "required": True},
                 "nodes_variable": {"type": "str", "default": "__cluster_node"},
                 "nodes": {"type": "bool", "default": True},
+                "spares": {"type": "str", "default": "spares"},
                 "fail": {"type": "bool", "default": True},
+                "starts": {"type": "bool", "default": False},
             }
         )
         group = arguments["group"]
@@ -42,7 +44,7 @@ class ActionModule(ActionBase):
             return failure(result, [empty_group(group, task_vars)])
         reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
         if not arguments["nodes"]:
-            return self._look_ahead(result, group, names, reader)
+            return self._look_ahead(result, group, names, list(task_vars["groups"].get(arguments["spares"], [])), reader)
         left_out = {
             entry[entry["ansible_loop_var"]]: entry
             for entry in (task_vars.get("__cluster_left_out_nodes") or {}).get("results") or []
@@ -58,23 +60,28 @@ class ActionModule(ActionBase):
             problems += node_checks.unreadable(host)
             if host.node.get("error"):
                 host.node = {}
+            host.replaces = str(reader.raw(name).get("_cluster_replaces") or "")
             hosts.append(host)
         plan, found = self._plan(group, hosts, reader)
         problems += found
+        if arguments["starts"]:
+            problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
         if problems and arguments["fail"]:
             return failure(result, problems)
         return {**result, **plan, "changed": False, "problems": [problem.as_dict() for problem in problems]}
 
-    def _look_ahead(self, result: dict[str, t.Any], group: str, names: t.Sequence[str], reader: catalog.Reader) -> dict[str, t.Any]:
+    def _look_ahead(
+        self, result: dict[str, t.Any], group: str, names: t.Sequence[str], reserve: t.Sequence[str], reader: catalog.Reader
+    ) -> dict[str, t.Any]:
         """Fail where Ansible could not connect to a host for its variables' sake, with all else that the inventory has wrong."""
         problems: list[Problem] = []
-        for name in names:
+        for name in dict.fromkeys([*names, *reserve]):
             try:
                 raw, templar = reader.environment(name)
             except Exception as error:  # a file of the inventory that is no YAML, or whose key is missing
                 problems.append(unreadable_host(name, error))
                 continue
-            problems += connections.check(name, raw, templar)
+            problems += connection_variables.check(name, raw, templar)
         if not problems:
             return {**result, "changed": False}
         unreadable = {problem.host for problem in problems if not problem.variable}
@@ -90,8 +97,24 @@ class ActionModule(ActionBase):
 
     def _plan(self, group: str, hosts: t.Sequence[planning.Host], reader: catalog.Reader) -> tuple[dict[str, t.Any], list[Problem]]:
         """Return the plan and the problems that show in it."""
-        release = self._release(hosts[0], str(reader.raw(hosts[0].name).get("inventory_dir") or os.getcwd()))
-        return planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST))
+        folder = str(reader.raw(hosts[0].name).get("inventory_dir") or os.getcwd())
+        manifest = self._loader.load_from_file(catalog.MANIFEST)
+        return planning.make(group, hosts, self._release(hosts[0], folder), manifest, self._lock(hosts[0], folder))
+
+    def _lock(self, host: planning.Host, folder: str) -> pytorch_plan.Lock:
+        """Return the lock file of torch and its packages as it lies on the control node."""
+        variable = "pytorch_lock"
+        name = str(host.variables.get(variable) or "")
+        if not name:
+            return pytorch_plan.Lock()
+        path = resolve(name, folder)
+        try:
+            with open(path, encoding="utf-8") as stream:
+                return pytorch_plan.Lock(path, stream.read())
+        except (OSError, UnicodeDecodeError) as error:
+            text = f"{variable} is {name!r}, but {path} cannot be read ({getattr(error, 'strerror', '') or 'it is no text'})"
+            cure = "correct the path (relative paths start at the inventory's folder)"
+            return pytorch_plan.Lock(path, problems=(Problem("", variable, text, cure),))
 
     def _release(self, host: planning.Host, folder: str) -> planning.Release:
         """Return the job's source as it lies on the control node."""

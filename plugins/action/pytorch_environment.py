@@ -25,6 +25,12 @@ class ActionModule(ActionBase):
         """Provide the environment and return the module's answer."""
         result = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
+        if arguments.get("lock"):
+            try:
+                with open(arguments["lock"], encoding="utf-8") as stream:
+                    arguments["lock"] = stream.read()
+            except OSError as error:
+                return {**result, "failed": True, "msg": f"pytorch_lock {arguments['lock']} cannot be read ({error.strerror}); correct the path"}
         answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         if answer.get("incomplete"):
             answer = self._install(arguments, task_vars)
@@ -35,14 +41,16 @@ class ActionModule(ActionBase):
         """Copy the wheels that the node lacks, then install."""
         offline = arguments.get("source", "wheelhouse") == "wheelhouse"
         try:
-            folder, wheels = wheelhouse.provide(
-                arguments.get("wheelhouse", "~/.cache/onprem.torch/wheelhouse"),
-                # From an index the nodes fetch for themselves; only uv comes from here.
-                arguments["requirements"] if offline else [],
+            # From an index the nodes fetch for themselves; only uv comes from here.
+            wanted = wheelhouse.Wanted(
+                tuple(arguments["requirements"]) if offline else (),
                 arguments["platform"],
                 arguments.get("index_url", "") if offline else "",
-                arguments.get("extra_index_urls", []) if offline else [],
+                tuple(arguments.get("extra_index_urls", [])) if offline else (),
+                tuple(arguments.get("constraints", [])) if offline else (),
+                arguments.get("lock", "") if offline else "",
             )
+            folder, wheels = wheelhouse.provide(arguments.get("wheelhouse", "~/.cache/onprem.torch/wheelhouse"), wanted)
         except wheelhouse.WheelhouseError as error:
             return {"failed": True, "msg": str(error)}
         arguments["wheels"] = wheels

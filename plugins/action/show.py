@@ -11,7 +11,7 @@ import typing as t
 
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
-from ansible_collections.onprem.torch.plugins.module_utils import job_state
+from ansible_collections.onprem.torch.plugins.module_utils import job_causes, job_state
 
 display = Display()
 
@@ -25,28 +25,36 @@ class ActionModule(ActionBase):
     _supports_async = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        """Print the plan or the status, and return its lines."""
+        """Print the plan, the status or the cause, and return its lines."""
         result = super().run(tmp, task_vars)
         _validation, arguments = self.validate_argument_spec(
             argument_spec={
-                "view": {"type": "str", "choices": ["plan", "status"], "required": True},
+                "view": {"type": "str", "choices": ["plan", "status", "why"], "required": True},
                 "plan": {"type": "dict", "required": True},
                 "variable": {"type": "str", "default": "__torchrun_info"},
+                "firewall_variable": {"type": "str", "default": "__firewall_intact"},
                 "format": {"type": "str", "choices": ["text", "json"], "default": "text"},
             }
         )
         plan = arguments["plan"]
         if arguments["view"] == "plan":
-            data: t.Any = {key: plan[key] for key in ("group", "order", "nodes", "peers", "job", "fingerprint")}
+            data: t.Any = {key: plan[key] for key in ("group", "cuda_version", "order", "nodes", "peers", "job", "fingerprint")}
             lines = job_state.plan_lines(plan)
         else:
             hostvars = (task_vars or {})["hostvars"]
             infos = {
-                host: (hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") or {"error": "no answer"}
+                host: dict((hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") or {"error": "no answer"})
                 for host in plan["order"]
             }
-            data = {"job": plan["job"]["name"], "time": time.time(), "nodes": infos}
-            lines = job_state.status_lines(plan["job"]["name"], infos, plan["order"])
+            for host, info in infos.items():
+                info["firewall"] = hostvars.raw_get(host).get(arguments["firewall_variable"]) or None
+            name = plan["job"]["name"]
+            if arguments["view"] == "status":
+                data = {"job": name, "time": time.time(), "nodes": infos}
+                lines = job_state.status_lines(name, infos, plan["order"])
+            else:
+                data = {"job": name, "time": time.time(), **job_causes.explain(infos)}
+                lines = job_causes.lines(name, data)
         if arguments["format"] == "json":
             lines = json.dumps(data, indent=2, sort_keys=True).splitlines()
         display.display("\n" + "\n".join(lines) + "\n")

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
+
 # dpkg(1): every other state of a package is one that an interruption leaves behind.
 WHOLE = frozenset({"installed", "config-files", "not-installed", "triggers-pending", "triggers-awaited"})
+STATUS = "/var/lib/dpkg/status"
 Installed = t.Dict[str, t.Dict[str, str]]
 
 
@@ -72,6 +76,63 @@ def family(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> dict
         for pin in pins
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"])
     }
+
+
+def chosen(packages: Installed, patterns: t.Sequence[str]) -> Installed:
+    """Return the packages whose names fit patterns, and all that an interruption left half done; not what is gone."""
+    expression = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")
+    left = set(broken(packages))
+    return {
+        name: entry
+        for name, entry in packages.items()
+        if name in left or (installed(packages, name) and expression.match(name))
+    }
+
+
+def own_pins(root: str = "/", name: str = "*") -> list[str]:
+    """Return the names of packages, with ``*`` for any text, that this collection pins and therefore holds.
+
+    Args:
+        root: folder that stands for ``/``.
+        name: set of packages; all of them without it.
+    """
+    found: list[str] = []
+    for path in sorted(glob.glob(os.path.join(root, f"etc/apt/preferences.d/onprem-torch-{name}.pref"))):
+        for line in re.findall(r"^Package: (.*)$", read_text(path), re.MULTILINE):
+            found += line.split()
+    return found
+
+
+def foreign_holds(
+    packages: Installed, wanted: t.Sequence[t.Mapping[str, str]], pins: t.Sequence[t.Mapping[str, t.Any]], own: t.Sequence[str]
+) -> list[tuple[str, str, str]]:
+    """Return name, version and wanted version of packages that somebody else holds at another version than is wanted.
+
+    Args:
+        packages: what is installed.
+        wanted: packages that shall be there.
+        pins: versions for packages that may come along.
+        own: names of packages whose holds are this collection's.
+    """
+    versions = {**family(packages, pins), **{entry["name"]: entry["version"] for entry in wanted}}
+    return [
+        (name, packages[name]["version"], version)
+        for name, version in sorted(versions.items())
+        if installed(packages, name)
+        and packages[name]["want"] == "hold"
+        and not fits(packages[name]["version"], version)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in own)
+    ]
+
+
+def released(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]], former: t.Sequence[str]) -> list[str]:
+    """Return the packages on hold that a set has pinned formerly and does not any more, such as another line's toolkit."""
+    mine = family(packages, pins)
+    return [
+        name
+        for name, entry in sorted(packages.items())
+        if entry["want"] == "hold" and name not in mine and any(fnmatch.fnmatchcase(name, pattern) for pattern in former)
+    ]
 
 
 def preferences(pins: t.Sequence[t.Mapping[str, t.Any]]) -> str:

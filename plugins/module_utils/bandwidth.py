@@ -30,8 +30,9 @@ NCCL_TESTS_DTYPES = {
 OPERATIONS = ("sum", "min", "max")
 SUFFIXES = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
-# NCCL src/graph/topo.h: SM60_NVLINK_BW .. SM100_NVLINK_BW, GB/s of one NVLink in one direction.
-NVLINK_GBYTES_PER_SECOND = ((100, 40.1), (90, 20.6), (86, 12.0), (80, 20.0), (70, 20.0), (60, 18.0))
+# NCCL src/graph/topo.h, ncclTopoNVLinkBw: GB/s of one NVLink in one direction, by the first and last compute capability
+# (times ten) that it holds for. What is newer is not known here, and is said to be unknown.
+NVLINK_GBYTES_PER_SECOND = ((60, 69, 18.0), (70, 79, 20.0), (80, 85, 20.0), (86, 86, 12.0), (87, 89, 20.0), (90, 99, 20.6), (100, 106, 40.1))
 # NCCL src/graph/topo.h, ncclTopoAddPci: width x kvDictPciGen[speed] / 80; the dictionary by GT/s of one lane.
 PCI_LANE = {2.5: 15, 5.0: 30, 8.0: 60, 16.0: 120, 32.0: 240, 64.0: 480}
 # Share of the derived figure that healthy hardware reaches (docs/verify.md, "Floors").
@@ -132,24 +133,28 @@ def plateau(rows: t.Sequence[tuple[int, float]], near: float = 0.9) -> tuple[int
     return max(size for size, _value in flat), statistics.median(value for _size, value in flat)
 
 
-def nccl_tests_row(size: int, dtype: str, operation: str, seconds: float, ranks: int, wrong: int | None) -> dict[str, t.Any]:
-    """Return a result in the shape of nccl-tests' JSON (version 3).
+def nccl_tests_row(
+    size: int, dtype: str, operation: str, seconds: float, ranks: int, wrong: int | None, iterations: int
+) -> dict[str, t.Any]:
+    """Return a result in the shape of nccl-tests' JSON (version 3, src/util.cu).
 
-    torch's all-reduce works in place, so ``out_of_place`` repeats no measurement: its values are null.
+    torch's all-reduce works in place, so ``out_of_place`` is null, as nccl-tests writes it where it does not measure it.
     """
     return {
         "size": size,
         "count": size // DTYPES[dtype],
         "type": NCCL_TESTS_DTYPES[dtype],
         "redop": operation,
-        "root": -1,
-        "out_of_place": {"time": None, "alg_bw": None, "bus_bw": None, "nwrong": None},
+        "root": "-1",
+        "out_of_place": None,
         "in_place": {
             "time": seconds * 1e6,
             "alg_bw": algorithm_bandwidth(size, seconds),
             "bus_bw": bus_bandwidth(size, seconds, ranks),
             "nwrong": wrong,
         },
+        "actual_iterations": iterations,
+        "experiment_name": "all_reduce",
     }
 
 
@@ -218,8 +223,8 @@ def pcie_bandwidth(speed: float, width: int) -> float:
 
 
 def nvlink_bandwidth(capability: int) -> float:
-    """Return the GB/s that NCCL counts for one NVLink of a compute capability; 0 where it has none."""
-    return next((value for level, value in NVLINK_GBYTES_PER_SECOND if capability >= level), 0.0)
+    """Return the GB/s that NCCL counts for one NVLink of a compute capability; 0 where that is not known."""
+    return next((value for first, last, value in NVLINK_GBYTES_PER_SECOND if first <= capability <= last), 0.0)
 
 
 def inside_node(gpus: t.Sequence[Gpu]) -> Expected:

@@ -60,7 +60,7 @@ def differences(environment: str, requirements: t.Sequence[str], python: str) ->
     return found
 
 
-def write_record(environment: str, requirements: t.Sequence[str], python: str, versions: dict[str, str]) -> None:
+def write_record(environment: str, requirements: t.Sequence[str], python: str, versions: t.Mapping[str, t.Any]) -> None:
     """Declare an environment complete. The record appears whole or not at all, and survives a power loss."""
     content = {
         "requirements": list(requirements),

@@ -72,6 +72,7 @@ def pcie_link(folder: str) -> dict[str, t.Any]:
             speeds.append(float(match.group(1)))
     return {
         "pcie_width": width or None,
+        "pcie_max_width": number(read_text(os.path.join(folder, "max_link_width"))) or None,
         "pcie_speed_gts": min(speeds) if speeds else None,
         "numa": number(read_text(os.path.join(folder, "numa_node"))),
     }
@@ -120,6 +121,16 @@ def parse_nvlinks(text: str) -> dict[str, int]:
         elif uuid and re.search(r"Link \d+: [\d.]+ GB/s", line):
             found[uuid] += 1
     return found
+
+
+def parse_fabric(text: str) -> str:
+    """Return the state of the NVSwitch fabric from ``nvidia-smi -q``: the worst one of all GPUs, empty where none tells.
+
+    A GPU says "Completed" once the fabric manager has set up its links, "In Progress" until then.
+    """
+    states = re.findall(r"^\s+Fabric\s*\n\s+State\s+: (.+?)\s*$", text, re.MULTILINE)
+    told = [state for state in states if state != "N/A"]
+    return next((state for state in told if state != "Completed"), told[0] if told else "")
 
 
 def gpus(root: str, devices: t.Sequence[t.Mapping[str, str]], run: Run) -> list[dict[str, t.Any]]:
@@ -237,7 +248,7 @@ def adapter(
 ) -> dict[str, t.Any]:
     """Return one network adapter."""
     folder = os.path.join(root, "sys/bus/pci/devices", pci)
-    link = pcie_link(folder) if pci else {"pcie_width": None, "pcie_speed_gts": None, "numa": None}
+    link = pcie_link(folder) if pci else {"pcie_width": None, "pcie_max_width": None, "pcie_speed_gts": None, "numa": None}
     return {
         "interface": name,
         "speed_mbits": speed or next((entry["mbits"] for entry in rdma if entry["mbits"]), None),
@@ -294,7 +305,16 @@ def driver(root: str = "/") -> dict[str, t.Any]:
         "mismatch": bool(loaded and installed and loaded != installed),
         "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
         "peermem": os.path.isdir(os.path.join(root, "sys/module/nvidia_peermem")),
+        "peer_memory": peer_memory(root),
     }
+
+
+def peer_memory(root: str) -> bool:
+    """Return whether the RDMA stack lets nvidia-peermem register (DOCA-OFED's does, the kernel's own does not)."""
+    # The list of symbols is long, so it is read only where RDMA adapters are.
+    if not glob.glob(os.path.join(root, "sys/class/infiniband/*")):
+        return False
+    return "ib_register_peer_memory_client" in read_text(os.path.join(root, "proc/kallsyms"))
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -302,8 +322,8 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
-def fabric(root: str, devices: t.Sequence[t.Mapping[str, str]]) -> dict[str, t.Any]:
-    """Return whether the GPUs are joined by NVSwitches, and the fabric manager that they need."""
+def fabric(root: str, devices: t.Sequence[t.Mapping[str, str]], run: Run) -> dict[str, t.Any]:
+    """Return whether the GPUs are joined by NVSwitches, the fabric manager that they need, and the state of the links."""
     switches = [entry for entry in devices if entry["vendor"] == NVIDIA and entry["class"][:6] == NVSWITCH_CLASS]
     bridges = 0
     for folder in glob.glob(os.path.join(root, "sys/class/infiniband/*")):
@@ -318,6 +338,7 @@ def fabric(root: str, devices: t.Sequence[t.Mapping[str, str]]) -> dict[str, t.A
         "nvswitches": len(switches),
         "nvlink_bridges": bridges,
         "required": bool(switches or bridges),
+        "state": parse_fabric(run(("-q",))) if switches or bridges else "",
         "manager_installed": os.path.exists(os.path.join(root, "usr/bin/nv-fabricmanager")),
         "manager_running": any(read_text(os.path.join(root, path, unit)).strip() for path in cgroups),
     }
@@ -333,7 +354,7 @@ def collect(root: str = "/", run: Run | None = None) -> dict[str, t.Any]:
     ask = run or (nvidia_smi if root == "/" else lambda _words: "")
     devices = pci_devices(root)
     cards = gpus(root, devices, ask)
-    joined = fabric(root, devices)
+    joined = fabric(root, devices, ask)
     return {
         "gpus": cards,
         "usable_gpus": usable(root, cards),

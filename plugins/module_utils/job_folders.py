@@ -4,6 +4,8 @@
 """The folders of a job on a node, and its releases: staged whole, switched by one rename.
 
     ROOT/releases/ID/source/…, torchrun_supervisor.py, release.json   read-only, root's
+    ROOT/releases/ID/unit, environment     the unit and its EnvironmentFile as this release ran the last time
+    ROOT/releases/history.json             which release was started when, oldest first
     ROOT/current      link to the release that the unit runs
     ROOT/work         working directory; holds a link to each entry of the current source
     ROOT/state, ROOT/cache, CHECKPOINTS, LOGS                         the job user's
@@ -20,6 +22,9 @@ import typing as t
 from ansible_collections.onprem.torch.plugins.module_utils import environment, source_tree
 
 RECORD = "release.json"
+HISTORY = "history.json"
+# Starts that are remembered.
+STARTS = 50
 SET_ASIDE = "set-aside-"
 SUPERVISOR = "torchrun_supervisor.py"
 
@@ -121,10 +126,58 @@ def link_entries(root: str) -> None:
 def prune(root: str, keep: t.Collection[str], count: int) -> None:
     """Remove the oldest releases beyond ``count``, never one of ``keep``."""
     folder = os.path.join(root, "releases")
-    releases = sorted(os.listdir(folder), key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
+    releases = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+    releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
     for name in releases[count:]:
         if name not in keep:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def keep_run(root: str, release: str, unit: str, environment_text: str) -> None:
+    """Keep beside a release the unit and environment that it runs with, for a roll-back."""
+    folder = release_folder(root, release)
+    environment.write_atomically(os.path.join(folder, "unit"), unit)
+    environment.write_atomically(os.path.join(folder, "environment"), environment_text, 0o600)
+
+
+def kept_run(root: str, release: str) -> tuple[str, str] | None:
+    """Return unit and environment of a release that ran before, None where they are gone."""
+    try:
+        texts = []
+        for name in ("unit", "environment"):
+            with open(os.path.join(release_folder(root, release), name), encoding="utf-8") as stream:
+                texts.append(stream.read())
+    except OSError:
+        return None
+    return texts[0], texts[1]
+
+
+def history(root: str) -> list[dict[str, t.Any]]:
+    """Return the starts, oldest first: C(release), C(time), C(back) (whether by a roll-back), C(kept) (can be gone back to)."""
+    try:
+        with open(os.path.join(root, "releases", HISTORY), encoding="utf-8") as stream:
+            starts = json.load(stream)
+    except (OSError, ValueError):
+        return []
+    return [{**start, "kept": kept_run(root, start["release"]) is not None} for start in starts]
+
+
+def remember_start(root: str, release: str, back: bool) -> None:
+    """Add a start to the history; one of the same release again is no news."""
+    starts = [{key: start[key] for key in ("release", "time", "back")} for start in history(root)]
+    if starts and starts[-1]["release"] == release:
+        return
+    starts.append({"release": release, "time": time.time(), "back": back})
+    environment.write_atomically(os.path.join(root, "releases", HISTORY), json.dumps(starts[-STARTS:]) + "\n")
+
+
+def previous(starts: t.Sequence[t.Mapping[str, t.Any]]) -> str:
+    """Return the release to go back to: the one that ran before the newest. Going back twice leads to the same one."""
+    forward = [index for index, start in enumerate(starts) if not start["back"]]
+    if not forward:
+        return ""
+    newest = starts[forward[-1]]["release"]
+    return next((start["release"] for start in reversed(starts[: forward[-1]]) if start["release"] != newest), "")
 
 
 def checkpoints(folder: str) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import job_folders, nvidia_text
+
 
 def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
     """Return what has to be done to run the staged release everywhere, and a sentence.
@@ -37,6 +39,38 @@ def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
     if len(active) == len(answers):
         return "follow", "the job runs this release already"
     return "start", "the job is started"
+
+
+def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = "") -> tuple[str, str, str]:
+    """Return what has to be done to go back to an earlier release, a sentence, and the release.
+
+    Args:
+        infos: host → what torchrun_info found.
+        wanted: id of the release to go back to; empty for the one that ran before the newest.
+
+    Returns:
+        ``refuse``, ``follow`` (it runs already) or ``rollback``.
+    """
+    targets = {host: wanted or job_folders.previous(info.get("releases") or []) for host, info in infos.items()}
+    without = [host for host, target in targets.items() if not target]
+    if without:
+        return "refuse", f"no earlier release has run on {', '.join(without)}; deploy the old source with playbooks/train.yml", ""
+    if len(set(targets.values())) > 1:
+        each = ", ".join(f"{target} on {host}" for host, target in targets.items())
+        return "refuse", f"the release before differs: {each}; name one with -e rollback_release=ID", ""
+    release = next(iter(targets.values()))
+    lost = [
+        host
+        for host, info in infos.items()
+        if not any(start["kept"] for start in info.get("releases") or [] if start["release"] == release)
+    ]
+    if lost:
+        known = sorted({start["release"] for host in lost for start in infos[host].get("releases") or [] if start["kept"]})
+        text = f"the release {release} is not kept on {', '.join(lost)}; kept are {', '.join(known) or 'none'} (torchrun_keep_releases)"
+        return "refuse", text, release
+    if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
+        return "follow", f"the job runs the release {release} already", release
+    return "rollback", f"the job goes back to the release {release}: it writes a checkpoint, stops, and resumes with it", release
 
 
 def table(rows: t.Sequence[t.Sequence[t.Any]], header: t.Sequence[str]) -> list[str]:
@@ -73,8 +107,14 @@ def plan_lines(plan: t.Mapping[str, t.Any]) -> list[str]:
         for host, node in plan["nodes"].items()
     ]
     lines = table(rows, ("RANK", "HOST", "ADDRESS", "INTERFACE", "PROCESSES", "DEVICES"))
+    line = plan.get("cuda_version") or ""
     return [
         *lines,
+        "",
+        *table(nvidia_text.rows(plan), nvidia_text.HEADLINE),
+        *([f"CUDA line {line}" if line != "cpu" else "no GPUs: torch for CPUs"] if line else []),
+        *nvidia_text.package_lines(plan),
+        *nvidia_text.advice_lines(plan),
         "",
         f"job {job['name']}: {job['world_size']} processes on {job['nnodes']} nodes, "
         f"MASTER_ADDR={job['master_addr']} MASTER_PORT={job['master_port']}",
@@ -94,32 +134,48 @@ def gpus(node: t.Mapping[str, t.Any]) -> str:
 
 
 def status_rows(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str], now: float) -> list[tuple[t.Any, ...]]:
-    """Return a row for each node: host, rank, unit state, since, generation, restarts left, last step, checkpoint."""
-    rows = []
+    """Return a row for each node, in the columns of STATUS_HEADER."""
+    rows: list[tuple[t.Any, ...]] = []
     for rank, host in enumerate(order):
         info = infos.get(host) or {}
         if info.get("error"):
-            rows.append((host, rank, "unreachable", "", "", "", info["error"][:60], ""))
+            rows.append((host, rank, "unreachable", "", "", "", short(info["error"]), "", "", "", ""))
             continue
         state = info.get("state") or {}
         checkpoint = info.get("checkpoint") or {}
-        named = f"{checkpoint['name']} ({age(checkpoint['time'], now)})" if checkpoint else "-"
-        since = age(info["since"], now) if info.get("since") else "-"
-        what = unit_word(info["unit"], str(state.get("state") or ""))
         left = state.get("restarts_left")
         rows.append(
             (
                 host,
                 rank,
-                what,
-                since,
+                unit_word(info["unit"], str(state.get("state") or "")),
+                age(info["since"], now) if info.get("since") else "-",
                 state.get("generation", "-"),
                 "-" if left is None else left,
                 short(info.get("step") or "-"),
-                named,
+                age(info["step_time"], now) if info.get("step_time") else "-",
+                f"{checkpoint['name']} ({age(checkpoint['time'], now)})" if checkpoint else "-",
+                gpu_holders(info),
+                firewall_word(info.get("firewall")),
             )
         )
     return rows
+
+
+def gpu_holders(info: t.Mapping[str, t.Any]) -> str:
+    """Return who holds the memory of a node's GPUs: units, or processes outside every unit."""
+    used: dict[str, int] = {}
+    for process in info.get("gpus") or []:
+        holder = process["unit"].removesuffix(".service") or f"{process['name']} (pid {process['pid']})"
+        used[holder] = used.get(holder, 0) + (process["used_mib"] or 0)
+    return ", ".join(f"{holder} {mib / 1024:.1f} GiB" for holder, mib in used.items()) or "-"
+
+
+def firewall_word(state: t.Mapping[str, t.Any] | None) -> str:
+    """Return whether the rules of the role firewall are in place, as the role's own look has found."""
+    if not state:
+        return "-"
+    return "intact" if state.get("intact") else short(str(state.get("text") or "changed"))
 
 
 def short(line: str) -> str:
@@ -137,9 +193,23 @@ def unit_word(unit: str, state: str) -> str:
     return unit
 
 
-STATUS_HEADER = ("HOST", "RANK", "STATE", "SINCE", "GENERATION", "RESTARTS LEFT", "LAST STEP", "NEWEST CHECKPOINT")
+STATUS_HEADER = (
+    "HOST",
+    "RANK",
+    "STATE",
+    "SINCE",
+    "GENERATION",
+    "RESTARTS LEFT",
+    "LAST STEP",
+    "STEP AGE",
+    "NEWEST CHECKPOINT",
+    "GPU MEMORY",
+    "FIREWALL",
+)
 
 
 def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
     """Return the job's status as a table."""
-    return [f"job {job}", *table(status_rows(infos, order, time.time()), STATUS_HEADER)]
+    texts = [str((info.get("state") or {}).get("text") or "") for info in (infos.get(host) or {} for host in order)]
+    headline = next((text for text in texts if text), "no supervisor has written a state yet")
+    return [f"job {job}: {headline}", *table(status_rows(infos, order, time.time()), STATUS_HEADER)]

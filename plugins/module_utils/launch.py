@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 # Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
 FINAL_EXIT_CODES = (2, 10)
+MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
 # What every process of a job lives under (systemd.exec(5)), and what a measurement for the job must live under too.
-# Not PrivateDevices= nor ProtectClock=, which implies a list of allowed devices: both hide /dev/nvidia*.
-# Not MemoryDenyWriteExecute=: compilers of kernels write code.
+# The unit's template tells which directives training cannot bear.
 SERVICE_PROPERTIES = (
     "OOMPolicy=continue",
     "LogRateLimitIntervalSec=0",
@@ -28,9 +29,14 @@ SERVICE_PROPERTIES = (
     "ProtectHostname=yes",
     "RestrictSUIDSGID=yes",
     "RestrictRealtime=yes",
+    "RestrictNamespaces=yes",
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK",
     "LockPersonality=yes",
+    "KeyringMode=private",
     "CapabilityBoundingSet=",
     "AmbientCapabilities=",
+    "SystemCallArchitectures=native",
+    "SystemCallFilter=~@clock @cpu-emulation @module @mount @obsolete @raw-io @reboot @swap",
 )
 # Variables of a user that change how ranks talk to each other; a measurement for the job takes them over.
 COMMUNICATION = ("NCCL_", "GLOO_", "TORCH_NCCL_", "CUDA_", "UCX_", "FI_")
@@ -86,6 +92,12 @@ def environment(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> dict
     }
 
 
+def place(unit: str) -> dict[str, str]:
+    """Return a unit's place in the cluster: the options of torchrun that say which node it is, of how many, and whose."""
+    found = re.findall(r"--(nnodes|node-rank|master-addr|master-port)=(\S+)", unit.partition(" -- ")[2])
+    return dict(reversed(found))  # the script's own arguments come after torchrun's
+
+
 def torchrun_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
     """Return the command that one would type by hand on a node. Static rendezvous, since c10d ignores --node-rank."""
     return [
@@ -127,4 +139,20 @@ def supervisor_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) 
     }
     for name, value in options.items():
         words += [f"--{name}", value]
+    for check in checks(job, node):
+        words += ["--check", check]
     return [str(word) for word in words]
+
+
+def checks(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
+    """Return what the supervisor looks at before every start of torchrun. It compares the clocks by itself."""
+    usable = len((node.get("hardware") or {}).get("usable_gpus") or [])
+    gpus = len(node["devices"].split(",")) if node.get("devices") else usable
+    wanted = [f"release={job['root']}/current:{job['release']}"]
+    if gpus:
+        wanted.append(f"gpus={gpus}")
+    if job["shm_free_mib"]:
+        wanted.append(f"shm={job['shm_free_mib'] * MIB}")
+    if job["disk_free_mib"]:
+        wanted.append(f"disk={job['checkpoint_dir']}:{job['disk_free_mib'] * MIB}")
+    return wanted

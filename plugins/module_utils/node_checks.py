@@ -202,7 +202,8 @@ def same_torch(hosts: t.Sequence[Host]) -> list[Problem]:
             text = f"{variable} is {environment}, in which there is no torch"
             problems.append(Problem(host.name, variable, text, "name the folder of an environment with torch"))
         else:
-            versions.setdefault(version, []).append(host.name)
+            nccl = (host.node["torch_builds"].get(environment) or {}).get("nccl")
+            versions.setdefault(f"{version} with NCCL {nccl}" if nccl else version, []).append(host.name)
     if len(versions) > 1:
         usual = max(versions, key=lambda version: len(versions[version]))
         for version, names in versions.items():

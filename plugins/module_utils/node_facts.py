@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -136,6 +137,36 @@ def torch_version(environment: str, root: str = "/") -> str:
     return ""
 
 
+def torch_build(environment: str, root: str = "/") -> dict[str, str]:
+    """Return the versions of CUDA and NCCL that an environment's torch uses, unimported; empty where it has none.
+
+    NCCL's is that of NVIDIA's wheel beside it; a torch with an NCCL of its own inside does not tell.
+    """
+    folder = os.path.join(root, environment.lstrip("/"), "lib/python3*/*-packages")
+    texts = [read_text(path) for path in sorted(glob.glob(os.path.join(folder, "torch/version.py")))]
+    cuda = next(iter(re.findall(r"""^cuda\b[^=]*=\s*['"]([\d.]+)""", "\n".join(texts[:1]), re.M)), "")
+    wheels = glob.glob(os.path.join(folder, "nvidia_nccl_cu*.dist-info"))
+    nccl = [match.group(1) for match in (re.search(r"nvidia_nccl_cu\d+-([\d.]+)\.dist-info", path) for path in wheels) if match]
+    return {"cuda": cuda, "nccl": nccl[0] if nccl and cuda else ""}
+
+
+def machine(root: str = "/") -> dict[str, str]:
+    """Return what tells a machine from others: the id of its installation and that of its kernel's boot."""
+    return {
+        "machine_id": read_text(os.path.join(root, "etc/machine-id")).strip(),
+        "boot_id": read_text(os.path.join(root, "proc/sys/kernel/random/boot_id")).strip(),
+    }
+
+
+def same_machine(one: t.Mapping[str, t.Any], other: t.Mapping[str, t.Any], container: bool) -> bool:
+    """Return whether a node is the machine that Ansible runs on.
+
+    They share the id of the boot where Ansible runs on the node, or in a container on it. A node that is a container
+    shares it with its host too, and is another machine unless it has the same installation.
+    """
+    return bool(one["boot_id"]) and one["boot_id"] == other["boot_id"] and (not container or one["machine_id"] == other["machine_id"])
+
+
 def python_version(python: str) -> str:
     """Return the version that a Python executable reports, or an empty string."""
     try:
@@ -210,3 +241,26 @@ def jobs(root: str = "/") -> list[dict[str, t.Any]]:
             }
         )
     return found
+
+
+def newest(folder: str, pattern: str) -> dict[str, t.Any]:
+    """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if folder else []:
+        try:
+            found.append((os.path.getmtime(path), path, os.path.getsize(path)))
+        except OSError:
+            continue  # replaced while we looked
+    if not found:
+        return {}
+    modified, path, size = max(found)
+    return {"path": path, "name": os.path.basename(path), "time": modified, "bytes": size}
+
+
+def checkpoint_hosts(job_root: str) -> list[str]:
+    """Return the hosts on which the job's supervisors have seen checkpoints, as this node knows it."""
+    try:
+        state = json.loads(read_text(os.path.join(job_root, "state", "state.json"), "{}")) if job_root else {}
+    except ValueError:
+        state = {}
+    return [str(host) for host in state.get("checkpoint_hosts") or []]

@@ -26,6 +26,15 @@ PER_HOST = frozenset(
         "torchrun_node_out",
         "cluster_interface",
         "pytorch_python",
+        # A driver may be somebody else's on some of the nodes.
+        "nvidia_driver_fabric_manager",
+        "nvidia_driver_kernel_modules",
+        "nvidia_driver_manage",
+        "nvidia_driver_packages",
+        "nvidia_driver_peermem",
+        "nvidia_driver_reboot",
+        "nvidia_driver_reboot_timeout",
+        "nccl_shm_gib",
     }
 )
 
@@ -39,12 +48,14 @@ class Host:
         variables: public variables of the roles, typed, defaults filled in.
         node: what node_info found; empty where the host could not be read.
         address: ansible_host where it is set, else the name.
+        replaces: the node that is out and whose place this spare takes; empty for a host in its own place.
     """
 
     name: str
     variables: dict[str, t.Any]
     node: dict[str, t.Any] = field(default_factory=dict)
     address: str = ""
+    replaces: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +158,11 @@ def devices_of(host: Host) -> list[str]:
 
 
 def make(
-    group: str, hosts: t.Sequence[Host], release: Release, manifest: t.Mapping[str, t.Any] | None = None
+    group: str,
+    hosts: t.Sequence[Host],
+    release: Release,
+    manifest: t.Mapping[str, t.Any] | None = None,
+    lock: pytorch_plan.Lock = pytorch_plan.Lock(),
 ) -> tuple[dict[str, t.Any], list[Problem]]:
     """Return the plan and all problems.
 
@@ -156,6 +171,7 @@ def make(
         hosts: its hosts in inventory order; at least one.
         release: the job's source.
         manifest: which versions of NVIDIA's stack and torch fit together.
+        lock: the lock file of torch and its packages.
 
     Returns:
         The plan (see docs/plan.md for its keys) and the problems. Where there are problems, the plan shows what could
@@ -164,6 +180,7 @@ def make(
     problems = list(release.problems)
     first = hosts[0].variables
     problems += agreeing(hosts)
+    problems += pytorch_plan.lock_problems(first, lock)
     rank_of, found = ranks.assign({host.name: host.variables.get("torchrun_node_rank") for host in hosts})
     problems += found
     order = sorted(rank_of, key=rank_of.__getitem__)
@@ -184,6 +201,8 @@ def make(
     }
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
+    told = {problem.variable for problem in problems}
+    problems += [problem for problem in ports.reserved(numbers, hosts, name_of_job) if problem.variable not in told]
     problems += node_checks.check_all(hosts, chosen, name_of_job)
     problems += verify_config.problems_of(hosts)
     line, stacks, found = nvidia.decide_all(
@@ -199,10 +218,11 @@ def make(
         count, found = process_count(host)
         problems += found
         end = chosen.get(name, network.Endpoint("", ""))
-        torch = pytorch_plan.environment(host.variables, host.node, line)
+        torch = pytorch_plan.environment(host.variables, host.node, line, lock)
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],
+            "replaces": host.replaces or None,
             "address": end.address,
             "address6": end.address6 or None,
             "interface": end.interface,
@@ -225,7 +245,7 @@ def make(
         "nnodes": len(order),
         "world_size": sum(node["nproc"] for node in nodes.values()),
         "python": nodes[order[0]]["python"],
-        **job_settings(first, name_of_job, release),
+        **job_settings(first, name_of_job, release, lock.digest),
     }
     job.update(launch.job_paths(job, [str(path) for path in first.get("torchrun_data_paths") or []]))
     job["new_secret"] = len({secret_id(host, name_of_job) for host in hosts} - {""}) != 1 or any(
@@ -238,6 +258,7 @@ def make(
     shape = {name: [node[key] for key in ("rank", "address", "nproc", "devices", "hardware")] for name, node in nodes.items()}
     plan = {
         "group": group,
+        "cuda_version": str(line.get("name") or ""),
         "order": order,
         "nodes": nodes,
         "peers": {
@@ -245,7 +266,7 @@ def make(
             "ipv6": [node["address6"] for node in nodes.values() if node["address6"]],
         },
         "job": job,
-        "fingerprint": digest({"shape": shape, "torch": nodes[order[0]]["pytorch"]["requirements"]}),
+        "fingerprint": digest({"shape": shape, "torch": [nodes[order[0]]["pytorch"][key] for key in ("requirements", "constraints", "lock_sha256")]}),
     }
     return plan, problems
 
@@ -255,7 +276,7 @@ def secret_id(host: Host, job: str) -> str:
     return next((str(entry["secret_id"]) for entry in host.node.get("jobs") or [] if entry["job"] == job), "")
 
 
-def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release) -> dict[str, t.Any]:
+def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, lock: str = "") -> dict[str, t.Any]:
     """Return what the user's variables say of the job, and the release that follows from it."""
     root = f"{variables.get('torchrun_root') or '/var/lib/torchrun'}/{name}"
     settings = {
@@ -270,6 +291,8 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release) 
         "max_restarts": variables.get("torchrun_max_restarts") or 0,
         "hang_timeout": variables.get("torchrun_hang_timeout") or 0,
         "stop_timeout": variables.get("torchrun_stop_timeout") or 120,
+        "shm_free_mib": variables.get("torchrun_shm_free_mib") or 0,
+        "disk_free_mib": variables.get("torchrun_disk_free_mib") or 0,
         "wait_for": str(variables.get("torchrun_wait_for") or "first_step"),
         "start_timeout": variables.get("torchrun_start_timeout") or 600,
         "step_pattern": str(variables.get("torchrun_step_pattern") or ""),
@@ -281,5 +304,7 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release) 
     made_of = {key: settings[key] for key in ("script", "args", "user_environment", "source", "source_hash", "supervisor_hash")}
     if release.hash:
         made_of.pop("source")  # the same files from another folder are the same release
-    made_of["torch"] = [variables.get("pytorch_version"), variables.get("pytorch_packages"), variables.get("pytorch_environment")]
+    made_of["torch"] = [variables.get(f"pytorch_{key}") for key in ("version", "packages", "environment")]
+    made_of["torch"] += [variables["pytorch_constraints"]] if variables.get("pytorch_constraints") else []
+    made_of["torch"] += [lock] if lock else []
     return {**settings, "release": digest(made_of)}

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import typing as t
 
+if t.TYPE_CHECKING:
+    from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
+
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 MASTER = "torchrun_master_port"
@@ -63,4 +66,26 @@ def check(
             text = f"{variable} is {port}, which {holder} holds"
             problems.append(Problem(host, variable, text, "choose another port or end that process"))
             break
+    return problems
+
+
+def reserved(ports: t.Mapping[str, int], hosts: t.Sequence[Host], job: str) -> list[Problem]:
+    """Return a problem for each port that an active job beside this one has for itself, whether it listens now or not.
+
+    A job's torchrun listens only while it trains: between two starts, another job could take its port. Both jobs' ports have
+    to differ on every node that they share, since either may come to have rank 0 there.
+    """
+    problems = []
+    told = set()
+    for host in hosts:
+        for other in host.node.get("jobs") or []:
+            if other["job"] == job or not other["active"]:
+                continue
+            theirs = {other["master_port"]: MASTER, other["supervisor_port"]: SUPERVISOR}
+            for variable, port in ports.items():
+                if variable not in (MASTER, SUPERVISOR) or port not in theirs or (variable, other["job"]) in told:
+                    continue
+                told.add((variable, other["job"]))
+                text = f"{variable} is {port}, which is {theirs[port]} of the job {other['job']!r} on this node"
+                problems.append(Problem(host.name, variable, text, "give each job ports of its own, such as 29510 and 29511"))
     return problems

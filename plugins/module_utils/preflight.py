@@ -15,6 +15,28 @@ CLOCK_SECONDS = 5.0
 SHM_BYTES = 1 << 30
 PORTS = {"verifier": "nccl_verify_port", "master": "torchrun_master_port", "ephemeral": "an ephemeral port"}
 
+# Everything that is looked at, for the table of checks. Those of the second list matter to GPUs only.
+CHECKS = {
+    "arrival": "every node arrived",
+    "tcp": "TCP between all pairs: the verification's port, MASTER_PORT, an ephemeral port",
+    "interface": "address on the training interface",
+    "name": "host name does not resolve to loopback",
+    "port": "ports are free",
+    "torch": "torch, the same everywhere",
+    "cuda": "CUDA, the same everywhere",
+    "nccl": "NCCL, the same everywhere",
+    "python": "Python, the same everywhere",
+    "environment": "NCCL_* environment, the same everywhere",
+    "clock": "clocks agree",
+}
+GPU_CHECKS = {
+    "driver": "NVIDIA driver, the same everywhere",
+    "memlock": "locked memory is not limited",
+    "shm": "1 GiB free in /dev/shm",
+    "fabric_manager": "fabric manager runs where there are NVSwitches",
+    "gpu_processes": "no other process holds a GPU",
+}
+
 
 def finding(check: str, status: str, host: str, peer: str, sentence: str) -> dict[str, str]:
     """Return a finding; status is fail or warn."""
@@ -140,6 +162,24 @@ def clocks(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str, str
             text = f"the clock of {host} is {abs(middle):.0f} s {'ahead' if middle > 0 else 'behind'}; synchronise it (chrony)"
             found.append(finding("clock", "warn", host, "", text))
     return found
+
+
+def checked(found: t.Sequence[t.Mapping[str, str]], backend: str, arrived: bool) -> list[dict[str, t.Any]]:
+    """Return every check with its worst status and the sentences of its findings.
+
+    Args:
+        found: the findings.
+        backend: nccl or gloo.
+        arrived: whether any node got so far that it could check; else all but the arrival is "not reached".
+    """
+    titles = {**CHECKS, **(GPU_CHECKS if backend == "nccl" else {})}
+    rows = []
+    for name, title in titles.items():
+        mine = [entry for entry in found if entry["check"] == name]
+        worst = next((status for status in ("fail", "warn", "note") for entry in mine if entry["status"] == status), "ok")
+        worst = "not reached" if worst == "ok" and name != "arrival" and not arrived else worst
+        rows.append({"check": name, "title": title, "status": worst, "sentences": [entry["sentence"] for entry in mine]})
+    return rows
 
 
 def judge(

@@ -94,6 +94,17 @@ def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
     return f"the job {job['name']} failed: {reason[:600]}"
 
 
+def ending(job: t.Mapping[str, t.Any], outcome_: str, look: Look) -> str:
+    """Return how the job has ended, as a sentence."""
+    if outcome_ == "failed":
+        return f"{cause_sentence(job, look)}; logs are in {job['log_dir']} of each node"
+    if outcome_ == "stopped":
+        return f"the job {job['name']} was stopped before it finished; start it again"
+    if outcome_ == "finished":
+        return f"the job {job['name']} has finished"
+    return f"the job {job['name']} may run on, but its node with rank 0 does not answer"
+
+
 def is_step(line: str, pattern: str) -> bool:
     """Return whether a line tells of a training step."""
     return bool(pattern and re.search(pattern, line))

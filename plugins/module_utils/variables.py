@@ -19,7 +19,7 @@ OWN_PREFIXES = ("torchrun_", "pytorch_", "nccl_verify_", "nvidia_driver_")
 ALIKE = 0.6
 VERY_ALIKE = 0.75
 # Names that plays themselves set with a known prefix.
-INTERNAL = frozenset({"cluster_plan", "cluster_group"})
+INTERNAL = frozenset({"cluster_plan", "cluster_group", "cluster_serial"})
 
 
 def shown(value: t.Any) -> str:

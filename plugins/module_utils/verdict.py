@@ -15,7 +15,6 @@ from ansible_collections.onprem.torch.plugins.module_utils.bandwidth import Expe
 from ansible_collections.onprem.torch.plugins.module_utils.baseline import Baseline
 
 TITLES = {"inside": "inside the node", "wire": "on the wire", "application": "the application's all-reduce"}
-ORDER = ("fail", "warn", "unknown", "pass", "none")
 
 
 def answer(
@@ -51,7 +50,10 @@ def answer(
         blocks = expected.blocks or minimum is not None
         return {**result, "status": "fail" if blocks else "warn", "sentence": f"{figure}, below {needed:.3g} GB/s ({result['arithmetic']})"}
     if baseline.minimum is not None and measured < baseline.minimum:
-        return {**result, "status": "fail", "sentence": f"{figure}, below what this cluster reached before ({baseline.sentence()})"}
+        # Where nothing tells what the hardware should reach, its past alone warns: unknown hardware never blocks.
+        blocks = needed is not None and (expected.blocks or minimum is not None)
+        sentence = f"{figure}, below what this cluster reached before ({baseline.sentence()})"
+        return {**result, "status": "fail" if blocks else "warn", "sentence": sentence}
     if needed is not None:
         return {**result, "status": "pass", "sentence": f"{figure}, at least {needed:.3g} GB/s were expected"}
     if baseline.minimum is not None:
@@ -62,13 +64,11 @@ def answer(
 def overall(answers: t.Iterable[t.Mapping[str, t.Any]], failures: t.Sequence[str], culprits: t.Sequence[t.Any]) -> str:
     """Return the verdict: fail if anything failed, else the most worrying answer.
 
-    Unknown hardware is a warning, so the verdict then is ``warn``: neither a pass nor a block. A node or link that is only
+    Unknown hardware, where nothing could be judged, is a warning: neither a pass nor a block. A node or link that is only
     slower than the others, while every figure is reached or unknown, is a warning too.
     """
     if failures:
         return "fail"
     found = {entry["status"] for entry in answers} | ({"warn"} if culprits else set())
-    for status in ORDER:
-        if status in found:
-            return {"unknown": "warn", "none": "pass"}.get(status, status)
-    return "pass"
+    worst = next((status for status in ("fail", "warn", "pass") if status in found), "")
+    return worst or ("warn" if "unknown" in found else "pass")

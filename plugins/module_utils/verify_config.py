@@ -104,7 +104,7 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
             try:
                 found[name] = bandwidth.parse_size(t.cast("int | str", value))
             except bandwidth.SizeError as error:
-                text, _semicolon, cure = str(error).partition("; ")
+                text, _semicolon, cure = str(error).replace(" is no size", ", which is no size").partition("; ")
                 problems.append(problem(name, f"{PREFIX}{name} is {text}", cure))
 
     choice("backend", BACKENDS, "auto")
@@ -132,6 +132,10 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
     minimum, wrong = least(values.get("minimum_gbytes_per_second", "auto"))
     problems += wrong
     environment = values.get("environment") or {}
+    if not isinstance(environment, dict):
+        text = f"{PREFIX}environment is {environment!r}, but a mapping of names to values was expected"
+        problems.append(problem("environment", text, "write NAME: value lines"))
+        environment = {}
     without = [host for host, count in gpus.items() if not count]
     if found["backend"] == "nccl":
         for host in without:

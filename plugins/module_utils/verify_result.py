@@ -67,6 +67,7 @@ def assess(
         "nodes": {host: dict(verification["nodes"][host]) for host in order},
         "order": order,
         "checks": checks,
+        "checked": preflight.checked(checks, backend, bool(reports)),
         "versions": {host: report["versions"] for host, report in reports.items()},
         "answers": [],
         "culprits": [],
@@ -183,7 +184,7 @@ def figures_of(measured: t.Mapping[str, t.Any], names: t.Mapping[int, tuple[str,
     """Return the figures of a measurement in the report's own words."""
     world = measured["world_size"]
     rows = [
-        bandwidth.nccl_tests_row(row["size"], measured["dtype"], measured["operation"], row["seconds"], world, row["nwrong"])
+        bandwidth.nccl_tests_row(row["size"], measured["dtype"], measured["operation"], row["seconds"], world, row["nwrong"], row["iterations"])
         for row in measured["rows"]
     ]
     size, value = bandwidth.plateau([(row["size"], row["in_place"]["bus_bw"]) for row in rows])
@@ -234,6 +235,10 @@ def nccl_tests(
         "env": [],
         "nccl_version": ranks[0]["nccl"],
         "config": {
+            "nthreads": 1,
+            "ngpus": 1,
+            "minimum_bytes": rows[0]["size"],
+            "maximum_bytes": rows[-1]["size"],
             "devices": [
                 {
                     "rank": entry["rank"],
@@ -241,14 +246,15 @@ def nccl_tests(
                     "pid": entry["pid"],
                     "hostname": names[entry["rank"]][0],
                     "device": entry["local"],
-                    "device_name": (entry.get("gpu") or {}).get("name", "CPU"),
+                    "device_hex": (entry.get("gpu") or {}).get("pci", ""),
+                    "device_info": (entry.get("gpu") or {}).get("name", "CPU"),
                 }
                 for entry in ranks
-            ]
+            ],
         },
         "results": list(rows),
         "out_of_bounds": {"count": wrong, "okay": wrong == 0},
-        "average_bus_bandwidth": {"bandwidth": sum(values) / len(values) if values else 0.0, "okay": True},
+        "average_bus_bandwidth": {"bandwidth": sum(values) / len(values), "okay": "unchecked"},
     }
 
 

@@ -34,6 +34,23 @@ options:
     description: Folder whose C(environments) are read in the same way.
     type: str
     default: ""
+  job_root:
+    description: Folder of the job, for what its supervisor has written.
+    type: str
+    default: ""
+  checkpoint_dir:
+    description: Folder whose newest checkpoint is looked for.
+    type: str
+    default: ""
+  checkpoint_glob:
+    description: Pattern of the checkpoints' names.
+    type: str
+    default: "*"
+  packages:
+    description: Names of Debian packages to tell of, in which C(*) stands for any text.
+    type: list
+    elements: str
+    default: []
   python:
     description: The Python that torch is to run with.
     type: str
@@ -114,10 +131,35 @@ node:
     torch:
       description: Version of torch by environment; empty where there is none.
       type: dict
+    torch_builds:
+      description: C(cuda) and C(nccl) versions that each environment's torch was built with; empty where it has none.
+      type: dict
+    packages:
+      description: >-
+        State of the packages that were asked for, and of those that an interruption left half done: C(version), C(want),
+        C(flag) and C(state) of dpkg by name.
+      type: dict
+    own_pins:
+      description: Names of packages that this collection pins and holds.
+      type: list
+      elements: str
+    boot_id:
+      description: Id of this boot of the kernel.
+      type: str
+    control_node:
+      description: Whether this is the machine that Ansible runs on.
+      type: bool
     jobs:
       description: The jobs of this collection on the node, with C(job), C(unit), C(active), C(devices) and ports.
       type: list
       elements: dict
+    checkpoint:
+      description: C(name) and C(time) of the newest checkpoint; empty where there is none.
+      type: dict
+    checkpoint_hosts:
+      description: Hosts on which the job's supervisors have seen checkpoints.
+      type: list
+      elements: str
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -142,7 +184,7 @@ import socket
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import hardware, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, node_facts
 
 
 def main() -> None:
@@ -152,6 +194,10 @@ def main() -> None:
             "paths": {"type": "list", "elements": "str", "default": []},
             "environments": {"type": "list", "elements": "str", "default": []},
             "environments_root": {"type": "str", "default": ""},
+            "job_root": {"type": "str", "default": ""},
+            "checkpoint_dir": {"type": "str", "default": ""},
+            "checkpoint_glob": {"type": "str", "default": "*"},
+            "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "default": "/usr/bin/python3"},
         },
         supports_check_mode=True,
@@ -168,7 +214,7 @@ def main() -> None:
         "distribution": node_facts.distribution(),
         "architecture": platform.machine(),
         "kernel": platform.release(),
-        "machine_id": node_facts.read_text("/etc/machine-id").strip(),
+        **node_facts.machine(),
         "hostname": name,
         "hostname_addresses": node_facts.resolved_name(name),
         "systemd": os.path.isdir("/run/systemd/system"),
@@ -183,7 +229,12 @@ def main() -> None:
         "disk": {path: node_facts.free_bytes(path) for path in module.params["disk_paths"]},
         "paths": {path: os.path.exists(path) for path in module.params["paths"]},
         "torch": {path: node_facts.torch_version(path) for path in environments},
+        "torch_builds": {path: node_facts.torch_build(path) for path in environments},
+        "packages": apt_state.chosen(apt_state.parse_status(node_facts.read_text(apt_state.STATUS)), module.params["packages"]),
+        "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
+        "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
+        "checkpoint_hosts": node_facts.checkpoint_hosts(module.params["job_root"]),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

@@ -87,6 +87,15 @@ options:
         description: The version that shall run.
         type: str
         default: ""
+      kernel_module_flavour:
+        description: Whether it shall be the C(open) or the C(proprietary) one. Empty for any.
+        type: str
+        default: ""
+      modules:
+        description: Kernel modules that are loaded once that one runs.
+        type: list
+        elements: str
+        default: []
   loaded:
     description: Fail unless the kernel module runs at its version. For the time after a reboot.
     type: bool
@@ -153,14 +162,21 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import fetch_url
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, openpgp
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, driver_state, openpgp
 from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
 KEYRINGS = "/etc/apt/keyrings"
 SOURCES = "/etc/apt/sources.list.d/onprem-torch-nvidia.sources"
-STATUS = "/var/lib/dpkg/status"
 LOCK = "/var/lib/dpkg/lock-frontend"
 MIB = 1024**2
+# What makes a changed file count, by its folder.
+APPLY = {
+    "/etc/modprobe.d": ["update-initramfs", "-u"],
+    "/etc/systemd/logind.conf.d": ["systemctl", "try-reload-or-restart", "systemd-logind.service"],
+    "/etc/systemd/system": ["systemctl", "daemon-reload"],
+}
+# Which folders still have to count: a run that is killed before they do is finished by the next one.
+PENDING = "/var/lib/onprem.torch/pending"
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
     "LC_ALL": "C",
@@ -180,8 +196,9 @@ class Node:
         self.before: dict[str, str] = {}
         self.after: dict[str, str] = {}
         self.result: dict[str, t.Any] = {"installed": {}, "removed": [], "held": [], "healed": [], "reboot_reason": ""}
-        self.undo: list[tuple[str, str | None]] = []
+        self.undo: list[tuple[str, t.Optional[bytes]]] = []
         self.chosen: list[str] = []
+        self.loose: list[str] = []
 
     def fail(self, text: str) -> t.NoReturn:
         """End with one sentence; files that this run wrote before anything was installed are put back."""
@@ -189,12 +206,15 @@ class Node:
             if content is None:
                 os.unlink(path)
             else:
-                self.write(path, content.encode())
+                self.write(path, content)
+        # Cleared first: holding them may fail, too.
+        loose, self.loose = self.loose, []
+        self.hold(loose)
         self.module.fail_json(msg=text, **self.result)
 
     def packages(self) -> apt_state.Installed:
         """Return dpkg's state."""
-        return apt_state.parse_status(read_text(STATUS))
+        return apt_state.parse_status(read_text(apt_state.STATUS))
 
     def apt(self, words: t.Sequence[str]) -> tuple[int, str]:
         """Run apt-get and return its exit status and all it printed."""
@@ -218,9 +238,12 @@ class Node:
         if old == content:
             return
         self.before[path], self.after[path] = old or "", content
-        if not self.module.check_mode:
-            self.write(path, content.encode())
-            self.undo.append((path, old))
+        if self.module.check_mode:
+            return
+        if os.path.dirname(path) in APPLY:
+            self.write(os.path.join(PENDING, os.path.dirname(path).replace("/", "_")), b"")
+        self.write(path, content.encode())
+        self.undo.append((path, None if old is None else old.encode()))
 
     def key(self) -> str:
         """Let the repository's key lie on the node, and return its path; any other key is refused."""
@@ -253,7 +276,12 @@ class Node:
         path = f"{KEYRINGS}/onprem-torch-nvidia.{'asc' if openpgp.is_armored(data) else 'gpg'}"
         self.before[path], self.after[path] = "", f"key {wanted}\n"
         if not self.module.check_mode:
+            old = None
+            if os.path.exists(path):
+                with open(path, "rb") as stream:
+                    old = stream.read()
             self.write(path, data)
+            self.undo.append((path, old))
         return path
 
     def files(self) -> None:
@@ -261,9 +289,36 @@ class Node:
         if self.repository:
             self.put(SOURCES, apt_state.source(self.repository["url"], self.key()))
         if self.pins:
+            stale = apt_state.released(self.packages(), self.pins, apt_state.own_pins(name=self.settings["name"]))
+            for name in stale:
+                self.before[f"hold {name}"], self.after[f"hold {name}"] = "held\n", ""
+            if not self.module.check_mode:
+                self.hold(stale, word="install")
+                self.loose = stale
             self.put(f"/etc/apt/preferences.d/onprem-torch-{self.settings['name']}.pref", apt_state.preferences(self.pins))
         for path, content in (self.settings["files"] or {}).items():
             self.put(path, content)
+
+    def foreign_holds(self) -> None:
+        """Refuse to change what somebody else holds."""
+        found = apt_state.foreign_holds(self.packages(), self.settings["packages"] or [], self.pins, apt_state.own_pins())
+        if found:
+            text = ", ".join(f"{name} is held at {version}, but {wanted} is wanted" for name, version, wanted in found)
+            names = " ".join(name for name, _version, _wanted in found)
+            self.fail(f"{text}, and the hold is somebody else's; release it on the node (apt-mark unhold {names}), or set the version that it is held at")
+
+    def apply(self) -> None:
+        """Let changed files count, those of a run that was killed too."""
+        for folder, words in APPLY.items():
+            note = os.path.join(PENDING, folder.replace("/", "_"))
+            if not os.path.exists(note) or self.module.check_mode:
+                continue
+            if self.module.get_bin_path(words[0], opt_dirs=["/usr/sbin", "/sbin"]):
+                code, out, err = self.module.run_command(words)
+                if code:
+                    reason = " ".join((err or out).split())[-300:]
+                    self.fail(f"{' '.join(words)} failed after a file in {folder} changed ({reason}); repair that and run this again")
+            os.unlink(note)
 
     def heal(self) -> None:
         """Finish what an interrupted dpkg left half done."""
@@ -279,7 +334,7 @@ class Node:
             environment = {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
             self.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
         if apt_state.broken(self.packages()):
-            self.hold([], release=True)
+            self.release()
             self.apt(["update"])
             code, text = self.apt(["install", "--fix-broken", "--yes", *self.options()])
             left = apt_state.broken(self.packages())
@@ -317,17 +372,20 @@ class Node:
             *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
         ]
 
-    def hold(self, names: t.Sequence[str], release: bool = False) -> None:
-        """Put packages on hold, or release all that the pins name."""
-        chosen = list(names)
-        if release:
-            chosen = [name for name in apt_state.family(self.packages(), self.pins) if self.packages()[name]["want"] == "hold"]
-        if chosen:
-            word = "install" if release else "hold"
-            text = "".join(f"{name} {word}\n" for name in chosen)
+    def hold(self, names: t.Sequence[str], word: str = "hold") -> None:
+        """Put packages on hold, or release them with the word C(install)."""
+        if names:
+            text = "".join(f"{name} {word}\n" for name in names)
             code, _out, err = self.module.run_command(["dpkg", "--set-selections"], data=text)
             if code:
-                self.fail(f"dpkg cannot {'release' if release else 'hold'} {', '.join(chosen)} ({err.strip()}); try it by hand")
+                self.fail(f"dpkg cannot {'hold' if word == 'hold' else 'release'} {', '.join(names)} ({err.strip()}); try it by hand")
+
+    def release(self) -> None:
+        """Release all packages that the pins name; they are held again in the end, or by a failure."""
+        state = self.packages()
+        mine = [name for name in apt_state.family(state, self.pins) if state[name]["want"] == "hold"]
+        self.hold(mine, word="install")
+        self.loose += mine
 
     def update(self) -> None:
         """Read the repository's list; a repository that cannot be read or verified is an error."""
@@ -350,6 +408,11 @@ class Node:
             fitting = [version for version in offer.get(entry["name"], []) if apt_state.fits(version, entry["version"])]
             if fitting:
                 chosen.append(f"{entry['name']}={fitting[0]}" if entry["version"] else entry["name"])
+            elif strict and entry["name"].startswith("linux-headers-"):
+                self.fail(
+                    f"this node's apt sources have no {entry['name']}, which DKMS needs for the running kernel; "
+                    "install the newest kernel (apt-get full-upgrade), reboot into it and run this again"
+                )
             elif strict:
                 have = ", ".join(offer.get(entry["name"], [])[:5]) or "no version of it"
                 where = self.repository.get("url") or "this node's apt sources"
@@ -392,6 +455,8 @@ class Node:
         if self.module.check_mode:
             return
         self.update()
+        # apt removes nothing that is on hold, such as the other kind of kernel modules.
+        self.release()
         code, text = self.simulate(wanted, torn)
         if code:
             # Dependencies come from the distribution, whose lists may be old or missing.
@@ -407,7 +472,6 @@ class Node:
             )
         self.room(installs)
         self.undo.clear()
-        self.hold([], release=True)
         words = ["install", "--yes", *self.options(), *self.chosen]
         code, text = self.apt(words)
         if code and re.search(r"404|Failed to fetch", text):
@@ -428,6 +492,7 @@ class Node:
 
     def holds(self) -> None:
         """Hold everything that the pins name."""
+        self.loose = []
         state = self.packages()
         loose = [name for name in apt_state.family(state, self.pins) if state[name]["want"] != "hold"]
         if not loose:
@@ -439,35 +504,45 @@ class Node:
         if not self.module.check_mode:
             self.hold(loose)
 
-    def kernel(self) -> None:
-        """Load the kernel module, or say why a reboot is needed."""
-        name, wanted = self.settings["kernel_module"], self.settings["kernel_module_version"]
-        # A container has its host's kernel.
-        if not name or os.path.exists("/run/systemd/container") or os.path.exists("/run/host/container-manager"):
-            return
-        running = read_text(f"/sys/module/{name}/version").strip()
-        if running == wanted:
-            return
-        reason = f"the kernel runs {name} {running}, but {wanted} is installed" if running else ""
-        if not running and os.path.isdir("/sys/module/nouveau"):
-            reason = "the kernel runs nouveau"
-        if not running and not reason and not self.module.check_mode:
-            code, _out, err = self.module.run_command(["modprobe", name])
-            if re.search(r"Key was rejected|Required key not available|Operation not permitted", err):
-                self.fail(
-                    f"the kernel refuses the module {name} ({err.strip()}): Secure Boot does not trust its key; "
-                    "enrol DKMS's key (mokutil --import /var/lib/dkms/mok.pub and a reboot), or switch Secure Boot off"
-                )
-            if code:
-                reason = f"the kernel module {name} cannot be loaded ({err.strip() or 'no reason was given'})"
-            else:
-                self.before[f"kernel module {name}"], self.after[f"kernel module {name}"] = "", "loaded\n"
-                running = read_text(f"/sys/module/{name}/version").strip()
-        self.result["reboot_reason"] = reason
-        if self.module.params["loaded"] and running != wanted:
+    def reboot_reason(self) -> str:
+        """Return why the node needs a reboot for the kernel module that is installed."""
+        settings = self.settings
+        mine = apt_state.family(self.packages(), self.pins)
+        asked = [name for name in driver_state.asking() if name in mine]
+        found = driver_state.kernel(settings["kernel_module"])
+        return driver_state.reboot_reason(settings["kernel_module"], settings["kernel_module_version"], settings["kernel_module_flavour"], found, asked)
+
+    def load(self, name: str) -> str:
+        """Load a kernel module and return why that does not work; a module that Secure Boot refuses is an error."""
+        if os.path.isdir(f"/sys/module/{name.replace('-', '_')}") or self.module.check_mode:
+            return ""
+        code, _out, err = self.module.run_command(["modprobe", name])
+        if re.search(r"Key was rejected|Required key not available|Operation not permitted", err):
             self.fail(
-                f"{name} {wanted} does not run after the reboot ({reason or 'another version runs'}); look at dkms status and dmesg"
+                f"the kernel refuses the module {name} ({err.strip()}): Secure Boot does not trust its key; "
+                "enrol DKMS's key (mokutil --import /var/lib/dkms/mok.pub and a reboot), or switch Secure Boot off"
             )
+        if code:
+            return f"the kernel module {name} cannot be loaded ({err.strip() or 'no reason was given'})"
+        self.before[f"kernel module {name}"], self.after[f"kernel module {name}"] = "", "loaded\n"
+        return ""
+
+    def kernel(self) -> None:
+        """Load the kernel modules, or say why a reboot is needed."""
+        name = self.settings["kernel_module"]
+        if not name:
+            return
+        reason = self.reboot_reason()
+        # A container has its host's kernel.
+        if not reason and not driver_state.kernel(name).container:
+            reason = self.load(name) or self.reboot_reason()
+            for further in [] if reason else self.settings["modules"] or []:
+                problem = self.load(further)
+                if problem:
+                    self.fail(f"{problem}; look at dmesg")
+        self.result["reboot_reason"] = reason
+        if self.module.params["loaded"] and reason:
+            self.fail(f"{name} {self.settings['kernel_module_version']} does not run after the reboot ({reason}); look at dkms status and dmesg")
 
     def services(self) -> None:
         """Enable the units, and start them once the module runs."""
@@ -499,12 +574,14 @@ class Node:
 
     def run(self) -> None:
         """Do it all, in the order in which it can be interrupted and done again."""
-        if not os.path.exists(STATUS):
+        if not os.path.exists(apt_state.STATUS):
             self.fail("this node has no dpkg, but Debian or Ubuntu was expected; set nvidia_driver_manage: false, cuda_toolkit: false")
         self.heal()
+        self.foreign_holds()
         self.files()
         self.install()
         self.holds()
+        self.apply()
         self.kernel()
         self.services()
         changed = {key for key in self.after if self.before.get(key, "") != self.after[key]}
@@ -548,6 +625,8 @@ def main() -> None:
                     "services": {"type": "list", "elements": "str", "default": []},
                     "kernel_module": {"type": "str", "default": ""},
                     "kernel_module_version": {"type": "str", "default": ""},
+                    "kernel_module_flavour": {"type": "str", "default": ""},
+                    "modules": {"type": "list", "elements": "str", "default": []},
                 },
             },
             "loaded": {"type": "bool", "default": False},

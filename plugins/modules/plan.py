@@ -31,6 +31,15 @@ options:
       - Give this task to C(localhost) before the first task on the nodes.
     type: bool
     default: true
+  spares:
+    description: Name of the inventory group of spares, which are checked too with O(nodes=false).
+    type: str
+    default: spares
+  starts:
+    description:
+      - Whether the job is to be started, so that a spare must not begin without the checkpoints of the node that it replaces.
+    type: bool
+    default: false
   fail:
     description: Whether problems fail the task. With V(false) they are only returned.
     type: bool

@@ -50,6 +50,30 @@ options:
     type: list
     elements: str
     default: []
+  constraints:
+    description: Requirements that limit versions and ask for nothing.
+    type: list
+    elements: str
+    default: []
+  lock:
+    description:
+      - Path on the control node of a requirements file with a hash for every package. It replaces O(requirements), and
+        a wheel with another hash is refused.
+    type: str
+    default: ""
+  gpus:
+    description: C(name) and C(architecture) of each kind of GPU of the node, which torch must have code for.
+    type: list
+    elements: dict
+    default: []
+  cuda:
+    description: CUDA version that torch must be built for. Empty for any.
+    type: str
+    default: ""
+  oldest_drivers:
+    description: The oldest driver for each major version of CUDA.
+    type: dict
+    default: {}
   wheelhouse:
     description: Folder on the control node that keeps downloaded wheels.
     type: path
@@ -95,7 +119,9 @@ python:
   returned: success
   type: str
 versions:
-  description: C(torch), C(cuda) and C(nccl) of the installed torch; empty strings where it has none.
+  description: >-
+    C(torch), C(cuda), C(nccl) and C(architectures) of the installed torch; empty where it has none, and left out where it
+    was not asked.
   returned: success
   type: dict
 missing:
@@ -108,9 +134,10 @@ missing:
 import json
 import os
 import shutil
+import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, node_lock
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, node_facts, node_lock, torch_fit
 
 # Time that what a killed run has left behind may take to end, in seconds.
 WAIT = 600
@@ -118,15 +145,23 @@ WAIT = 600
 # Importing it proves that the installation works, and leaves the byte code that the job's user cannot write.
 PROBE = """
 import json, torch, torch.distributed, torch.distributed.run, torch.nn.parallel
-nccl = ""
+nccl, built = "", []
 if torch.version.cuda:
     from torch.cuda import nccl as library
     nccl = ".".join(str(part) for part in library.version())
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda or "", "nccl": nccl}))
+    built = (torch._C._cuda_getArchFlags() or "").split()
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda or "", "nccl": nccl, "architectures": built}))
+"""
+# One small computation on each GPU, which also waits for the answer.
+COMPUTE = """
+import torch
+for index in range(torch.cuda.device_count()):
+    assert float((torch.ones(8, 8, device=f"cuda:{index}") @ torch.ones(8, 8, device=f"cuda:{index}")).sum()) == 512.0
+print(torch.cuda.device_count())
 """
 
 
-def versions_of(module: AnsibleModule, python: str) -> dict[str, str]:
+def versions_of(module: AnsibleModule, python: str) -> dict[str, t.Any]:
     """Import torch and return its versions; fail with a sentence where that does not work."""
     returncode, stdout, stderr = module.run_command([python, "-c", PROBE])
     if returncode != 0:
@@ -144,7 +179,23 @@ def check_version(module: AnsibleModule, found: str, where: str) -> None:
         )
 
 
-def provide_existing(module: AnsibleModule) -> dict[str, object]:
+def check_fit(module: AnsibleModule, versions: dict[str, t.Any], python: str, compute: bool) -> None:
+    """Fail where torch does not fit the node's GPUs or driver; with ``compute`` every GPU computes something."""
+    params = module.params
+    driver = hardware.driver()["loaded"]
+    text = torch_fit.problem(versions, params["gpus"], driver, params["cuda"], params["oldest_drivers"])
+    if text:
+        module.fail_json(msg=text)
+    # Without a running driver there is nothing to compute with; the role nvidia_driver tells of a pending reboot.
+    if not compute or not driver or not params["gpus"]:
+        return
+    returncode, _stdout, stderr = module.run_command([python, "-c", COMPUTE])
+    if returncode != 0:
+        reason = stderr.strip().splitlines()[-1] if stderr.strip() else f"exit status {returncode}"
+        module.fail_json(msg=f"torch {versions['torch']} cannot compute on this node's GPUs ({reason}); look at nvidia-smi and dmesg")
+
+
+def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
     """Check an environment that somebody else keeps."""
     folder = module.params["environment"]
     found = node_facts.torch_version(folder)
@@ -152,10 +203,12 @@ def provide_existing(module: AnsibleModule) -> dict[str, object]:
     if not found or not os.path.exists(python):
         module.fail_json(msg=f"{folder} is no Python environment with torch; correct pytorch_environment")
     check_version(module, found, folder)
-    return {"changed": False, "environment": folder, "python": python, "versions": {"torch": found}}
+    versions: dict[str, t.Any] = {"torch": found, **node_facts.torch_build(folder)}
+    check_fit(module, versions, python, compute=False)
+    return {"changed": False, "environment": folder, "python": python, "versions": versions}
 
 
-def provide_distribution(module: AnsibleModule) -> dict[str, object]:
+def provide_distribution(module: AnsibleModule) -> dict[str, t.Any]:
     """Install the distribution's packages with apt."""
     python = module.params["python"]
     packages = module.params["requirements"]
@@ -172,12 +225,14 @@ def provide_distribution(module: AnsibleModule) -> dict[str, object]:
             if returncode != 0:
                 reason = (stderr.strip() or stdout.strip()).splitlines()[-1]
                 module.fail_json(msg=f"{' '.join(command[:2])} failed: {reason}; check the node's apt sources")
-    result: dict[str, object] = {"changed": changed, "environment": "/usr", "python": python, "versions": {}}
+    result: dict[str, t.Any] = {"changed": changed, "environment": "/usr", "python": python, "versions": {}}
     if changed and module.check_mode:
         return result
     found = node_facts.torch_version("/usr")
     check_version(module, found, "the package python3-torch")
-    result["versions"] = versions_of(module, python) if changed else {"torch": found}
+    versions = versions_of(module, python) if changed else {"torch": found, **node_facts.torch_build("/usr")}
+    check_fit(module, versions, python, compute=changed)
+    result["versions"] = versions
     return result
 
 
@@ -193,31 +248,44 @@ def build(module: AnsibleModule, folder: str, python_version: str, lock: int) ->
     if params["source"] == "wheelhouse":
         install += ["--offline", "--no-index", "--find-links", wheels]
     else:
+        # As pip does: the best version of all indexes, since torch's own index has old versions of other packages too.
+        install += ["--index-strategy", "unsafe-best-match"]
         if params["index_url"]:
             install += ["--default-index", params["index_url"]]
         for url in params["extra_index_urls"]:
             install += ["--index", url]
+    scratch = os.path.join(module.tmpdir, "requirements.txt")
+    if params["lock"]:
+        install += ["--require-hashes", "--requirement", scratch]
+    elif params["constraints"]:
+        install += ["--constraint", scratch, *params["requirements"]]
+    else:
+        install += params["requirements"]
+    with open(scratch, "w", encoding="utf-8") as stream:
+        stream.write(params["lock"] or "\n".join(params["constraints"]) + "\n")
     environ = {"UV_CACHE_DIR": os.path.join(root, "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
-    for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], [*install, *params["requirements"]]):
+    for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], install):
         returncode, stdout, stderr = module.run_command(command, environ_update=environ, pass_fds=[lock])
         if returncode != 0:
             reason = " ".join((stderr.strip() or stdout.strip()).split())[-600:]
             module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
     versions = versions_of(module, python)
     check_version(module, versions["torch"], folder)
+    check_fit(module, versions, python, compute=True)
     os.sync()  # the record must not outlive a power loss that the files before it did not
     environment.write_record(folder, params["requirements"], python_version, versions)
 
 
-def provide_virtual(module: AnsibleModule) -> dict[str, object]:
+def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
     """Build a virtual environment where it is not there yet."""
     params = module.params
     folder = params["environment"]
     python_version = node_facts.python_version(params["python"])
     reasons = environment.differences(folder, params["requirements"], python_version)
-    result: dict[str, object] = {"changed": bool(reasons), "environment": folder, "python": os.path.join(folder, "bin/python3")}
+    result: dict[str, t.Any] = {"changed": bool(reasons), "environment": folder, "python": os.path.join(folder, "bin/python3")}
     if not reasons:
         result["versions"] = environment.record_of(folder)["versions"]
+        check_fit(module, result["versions"], result["python"], compute=False)
         return result
     result["diff"] = {"before": "\n".join(reasons) + "\n", "after": f"{folder}: {' '.join(params['requirements'])}\n"}
     result["versions"] = {}
@@ -255,6 +323,11 @@ def main() -> None:
             "root": {"type": "path", "default": "/opt/onprem.torch"},
             "index_url": {"type": "str", "default": ""},
             "extra_index_urls": {"type": "list", "elements": "str", "default": []},
+            "constraints": {"type": "list", "elements": "str", "default": []},
+            "lock": {"type": "str", "default": ""},
+            "gpus": {"type": "list", "elements": "dict", "default": []},
+            "cuda": {"type": "str", "default": ""},
+            "oldest_drivers": {"type": "dict", "default": {}},
             "wheelhouse": {"type": "path", "default": "~/.cache/onprem.torch/wheelhouse"},
             "platform": {"type": "dict", "default": {}},
             "wheels": {"type": "dict", "default": {}},

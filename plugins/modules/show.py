@@ -8,7 +8,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: show
-short_description: Print the plan or a job's status as a table
+short_description: Print the plan, a job's status as a table, or why it ended early
 version_added: 0.1.0
 description:
   - Prints lines for a person on the control node, or the same as JSON for a program.
@@ -16,7 +16,7 @@ options:
   view:
     description: What to print.
     type: str
-    choices: [plan, status]
+    choices: [plan, status, why]
     required: true
   plan:
     description: The result of M(onprem.torch.plan).
@@ -26,6 +26,11 @@ options:
     description: Variable in which each host holds the result of M(onprem.torch.torchrun_info).
     type: str
     default: __torchrun_info
+  firewall_variable:
+    description:
+      - Variable in which each host holds whether its firewall rules are in place, with C(intact) and C(text).
+    type: str
+    default: __firewall_intact
   format:
     description: Text or JSON.
     type: str

@@ -32,6 +32,14 @@ options:
     description: Regular expression that finds the line of a training step.
     type: str
     default: ""
+  evidence:
+    description: Whether to look for causes of an early end in the kernel's log, torchrun's reports and the file systems.
+    type: bool
+    default: false
+  log_dir:
+    description: Folder of torchrun's logs, for O(evidence=true).
+    type: path
+    default: ""
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -74,37 +82,59 @@ info:
     step:
       description: Last line of a training step.
       type: str
+    step_time:
+      description: When it was printed, in seconds since 1970; null where there is none.
+      type: float
+    gpus:
+      description: Processes that hold GPU memory, with C(gpu), C(pid), C(name), C(unit) and C(used_mib).
+      type: list
+      elements: dict
+    evidence:
+      description: C(kernel) events, C(errors) of workers and C(room) of file systems; with O(evidence=true).
+      type: dict
     release:
       description: Id of the current release.
       type: str
+    releases:
+      description: The starts of the job, oldest first, with C(release), C(time), C(back) and C(kept).
+      type: list
+      elements: dict
 """
 
-import glob
 import json
 import os
-import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import job_folders, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import job_evidence, job_folders, node_facts
 
 PROPERTIES = ("LoadState", "ActiveState", "Result", "StateChangeTimestampMonotonic")
 # Step lines are looked for in so many of the journal's last lines.
 JOURNAL_LINES = 400
+SMI = ["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader"]
+DAYS_OF_KERNEL = 7
 
 
-def newest(folder: str, pattern: str) -> dict[str, object]:
-    """Return the newest file that matches, empty where there is none."""
-    found = []
-    for path in glob.glob(os.path.join(folder, pattern)):
-        try:
-            found.append((os.path.getmtime(path), path))
-        except OSError:
-            continue  # replaced while we looked
-    if not found:
-        return {}
-    modified, path = max(found)
-    return {"path": path, "name": os.path.basename(path), "time": modified, "bytes": os.path.getsize(path)}
+def gpu_processes(module: AnsibleModule) -> list[dict[str, object]]:
+    """Return who holds GPU memory; nobody where there is no driver."""
+    tool = module.get_bin_path("nvidia-smi")
+    if not tool:
+        return []
+    code, stdout, _stderr = module.run_command([tool, *SMI])
+    return job_evidence.gpu_processes(stdout, node_facts.unit_of) if code == 0 else []
+
+
+def evidence(module: AnsibleModule) -> dict[str, object]:
+    """Return what the node itself tells about the end of a job."""
+    params = module.params
+    since = f"--since=-{DAYS_OF_KERNEL}d"
+    _code, kernel, _stderr = module.run_command(["journalctl", "--dmesg", "--output=short-unix", "--quiet", "--no-pager", since])
+    places = [params["checkpoint_dir"], params["log_dir"], params["root"], "/dev/shm", "/tmp"]
+    return {
+        "kernel": job_evidence.kernel_events(kernel),
+        "errors": job_evidence.error_files(params["log_dir"]) if params["log_dir"] else [],
+        "room": job_evidence.room(path for path in places if path),
+    }
 
 
 def main() -> None:
@@ -115,6 +145,8 @@ def main() -> None:
             "checkpoint_dir": {"type": "path", "default": ""},
             "checkpoint_glob": {"type": "str", "default": "*"},
             "step_pattern": {"type": "str", "default": ""},
+            "evidence": {"type": "bool", "default": False},
+            "log_dir": {"type": "path", "default": ""},
         },
         supports_check_mode=True,
     )
@@ -128,12 +160,11 @@ def main() -> None:
     except ValueError:
         state = {}
     since = int(show.get("StateChangeTimestampMonotonic") or 0) / 1e6
-    step = ""
+    step, step_time = "", None
     if params["step_pattern"] and there:
-        command = ["journalctl", "--unit", unit, "--output", "cat", "--lines", str(JOURNAL_LINES), "--quiet", "--no-pager"]
+        command = ["journalctl", "--unit", unit, "--output", "short-unix", "--lines", str(JOURNAL_LINES), "--quiet", "--no-pager"]
         _code, stdout, _stderr = module.run_command(command)
-        lines = [line for line in stdout.splitlines() if re.search(params["step_pattern"], line)]
-        step = lines[-1].strip() if lines else ""
+        step, step_time = job_evidence.last_step(stdout, params["step_pattern"])
     module.exit_json(
         changed=False,
         info={
@@ -141,9 +172,13 @@ def main() -> None:
             "result": show.get("Result", ""),
             "since": time.time() - time.monotonic() + since if since else None,
             "state": state,
-            "checkpoint": newest(params["checkpoint_dir"], params["checkpoint_glob"]) if params["checkpoint_dir"] else {},
+            "checkpoint": node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]),
             "step": step,
+            "step_time": step_time,
+            "gpus": gpu_processes(module),
+            "evidence": evidence(module) if params["evidence"] else {},
             "release": job_folders.current(params["root"]),
+            "releases": job_folders.history(params["root"]),
         },
     )
 

@@ -18,11 +18,12 @@ options:
     description:
       - V(present) stages the release and everything that a running job does not notice.
       - V(started) switches the unit to the release and starts it. A unit that runs it already is left alone.
+      - V(rolled_back) starts a release that ran before, with the unit and environment that it had then.
       - V(stopped) stops the unit; the job writes its checkpoint first.
       - V(fresh) sets the checkpoints of a stopped job aside, so that it starts from nothing.
       - V(absent) removes the unit, secret and releases. Checkpoints and logs stay.
     type: str
-    choices: [present, started, stopped, fresh, absent]
+    choices: [present, started, rolled_back, stopped, fresh, absent]
     default: present
   job:
     description: Name of the job.
@@ -254,17 +255,30 @@ class Node:
             # Supervisors read the secret once, so a new one needs their restart.
             self.secret_changed = self.keep_file(path, params["secret"], 0o600, secret=True)
         self.keep_release()
-        # The environment belongs to the release: a unit that starts again before the switch must not find the new one.
-        if job_folders.current(params["root"]) in ("", params["release"]):
-            self.keep_environment()
-
-    def keep_environment(self) -> None:
-        """The file with the user's environment variables is there."""
-        path = os.path.join(launch.SETTINGS, f"{self.params['job']}.env")
-        self.keep_file(path, systemd.environment_file(self.params["environment"]), 0o600, secret=True)
 
     def started(self) -> None:
         """Switch to the release and start the unit; leave a unit alone that runs it already."""
+        self.run(self.params["unit"], systemd.environment_file(self.params["environment"]), False)
+
+    def rolled_back(self) -> None:
+        """Start a release as it ran before; refuse where it had another place in the cluster then."""
+        root, release = self.params["root"], self.params["release"]
+        kept = job_folders.kept_run(root, release)
+        if kept is None:
+            self.module.fail_json(msg=f"the release {release} has not run here; deploy its source with playbooks/train.yml instead")
+        with open(self.unit_path, encoding="utf-8") as stream:
+            now = launch.place(stream.read())
+        then = launch.place(kept[0])
+        if then != now:
+            differ = ", ".join(f"{name} was {then.get(name)} and is {now.get(name)}" for name in sorted(now) if then.get(name) != now[name])
+            self.module.fail_json(
+                msg=f"the cluster has changed since the release {release} ran: {differ}; deploy its source with playbooks/train.yml instead"
+            )
+        self.params["unit"] = kept[0]
+        self.run(*kept, True)
+
+    def run(self, unit: str, environment_text: str, back: bool) -> None:
+        """Switch to the release, write its unit and environment, and start it."""
         params = self.params
         ready = self.wanted(self.unit_path)
         running = self.active() if os.path.exists(self.unit_path) else False
@@ -274,14 +288,17 @@ class Node:
             self.module.fail_json(
                 msg=f"{self.unit_name} runs another release; stop the job on all nodes first (playbooks/stop.yml)"
             )
-        if not self.module.check_mode:
-            job_folders.switch(params["root"], params["release"])
-            job_folders.prune(params["root"], {params["release"]}, params["keep_releases"])
-        else:
+        if self.module.check_mode:
             self.changes.append(f"start of {self.unit_name}")
             return
-        self.keep_environment()
-        self.keep_file(self.unit_path, params["unit"], 0o644)
+        root, release = params["root"], params["release"]
+        job_folders.switch(root, release)
+        job_folders.keep_run(root, release, unit, environment_text)
+        job_folders.remember_start(root, release, back)
+        keep = {release, job_folders.previous(job_folders.history(root))}
+        job_folders.prune(root, keep, params["keep_releases"])
+        self.keep_file(os.path.join(launch.SETTINGS, f"{params['job']}.env"), environment_text, 0o600, secret=True)
+        self.keep_file(self.unit_path, unit, 0o644)
         # Also where the file is right already: a run that was killed may have written it and no more.
         self.systemctl("daemon-reload")
         self.systemctl("enable", "--quiet", self.unit_name)
@@ -314,8 +331,9 @@ class Node:
         if self.module.check_mode:
             return
         job_folders.set_aside(folder, old)
-        if os.path.exists(done):
-            os.unlink(done)
+        for path in (done, os.path.join(root, "state", "state.json")):
+            if os.path.exists(path):
+                os.unlink(path)
 
     def absent(self) -> None:
         """Remove what the job does not need to be looked at or resumed."""
@@ -373,7 +391,7 @@ class Node:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "started", "stopped", "fresh", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "started", "rolled_back", "stopped", "fresh", "absent"], "default": "present"},
             "job": {"type": "str", "required": True},
             "root": {"type": "path", "required": True},
             "user": {"type": "str", "default": "torchrun"},

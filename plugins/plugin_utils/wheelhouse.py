@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import typing as t
 
 # The oldest C library that today's wheels are built for (manylinux2014, PEP 599).
@@ -22,6 +23,26 @@ class WheelhouseError(Exception):
     """The wheels cannot be had; the message says why and what to do."""
 
 
+class Wanted(t.NamedTuple):
+    """What the wheels are for.
+
+    Attributes:
+        requirements: requirements in pip's syntax; none where the nodes fetch for themselves.
+        platform: C(architecture), C(glibc) and C(python) of the nodes.
+        index: package index; empty for PyPI.
+        extra: further indexes.
+        constraints: requirements that limit versions and ask for nothing.
+        lock: text of a requirements file with a hash for every package, which replaces the requirements; empty for none.
+    """
+
+    requirements: tuple[str, ...]
+    platform: t.Mapping[str, str]
+    index: str = ""
+    extra: tuple[str, ...] = ()
+    constraints: tuple[str, ...] = ()
+    lock: str = ""
+
+
 def platforms(architecture: str, glibc: str) -> list[str]:
     """Return the platform tags that fit a node, newest first (PEP 600: every older glibc's wheels fit too)."""
     minor = int(glibc.split(".")[1]) if glibc.startswith("2.") else OLDEST_GLIBC_MINOR
@@ -29,43 +50,88 @@ def platforms(architecture: str, glibc: str) -> list[str]:
     return [*tags, f"manylinux2014_{architecture}", *(["manylinux1_x86_64"] if architecture == "x86_64" else [])]
 
 
-def key(requirements: t.Sequence[str], platform: t.Mapping[str, str], indexes: t.Sequence[str]) -> str:
-    """Return the name of the folder for a set of requirements on a platform."""
+def key(wanted: Wanted) -> str:
+    """Return the name of the folder for a set of wheels."""
+    platform = wanted.platform
     minor = ".".join(str(platform["python"]).split(".")[:2])
-    text = json.dumps([list(requirements), platform["architecture"], platform["glibc"], minor, list(indexes)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    made_of: list[t.Any] = [list(wanted.requirements), platform["architecture"], platform["glibc"], minor, [wanted.index, *wanted.extra]]
+    made_of += [wanted.constraints, wanted.lock] if wanted.constraints or wanted.lock else []
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
 
 
-def command(
-    folder: str, requirements: t.Sequence[str], platform: t.Mapping[str, str], index: str, extra: t.Sequence[str]
-) -> list[str]:
-    """Return the pip command that downloads wheels for a node into a folder."""
-    minor = ".".join(str(platform["python"]).split(".")[:2])
+def command(folder: str, wanted: Wanted) -> list[str]:
+    """Return the pip command that downloads wheels for a node into a folder, without what to download."""
+    minor = ".".join(str(wanted.platform["python"]).split(".")[:2])
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, "--only-binary=:all:"]
     # pip asks every index for every package, so one that cannot be reached must be given up quickly.
     words += ["--retries", "1", "--timeout", "10"]
     words += ["--implementation", "cp", "--python-version", minor]
-    for tag in platforms(platform["architecture"], platform["glibc"]):
+    for tag in platforms(wanted.platform["architecture"], wanted.platform["glibc"]):
         words += ["--platform", tag]
-    if index:
-        words += ["--index-url", index]
-    for url in extra:
+    if wanted.index:
+        words += ["--index-url", wanted.index]
+    for url in wanted.extra:
         words += ["--extra-index-url", url]
-    return [*words, *requirements, "uv"]
+    return words
 
 
-def provide(
-    root: str, requirements: t.Sequence[str], platform: t.Mapping[str, str], index: str, extra: t.Sequence[str]
-) -> tuple[str, dict[str, int]]:
+def download(folder: str, wanted: Wanted) -> None:
+    """Download the wheels, and uv, which installs them on the nodes.
+
+    Raises:
+        WheelhouseError: pip is missing, does not find a requirement, or finds another hash than the lock's.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        calls = [["uv"]]
+        if wanted.lock:
+            calls.insert(0, ["--require-hashes", "--requirement", write(scratch, "lock.txt", wanted.lock)])
+        elif wanted.requirements:
+            limits = ["--constraint", write(scratch, "constraints.txt", "\n".join(wanted.constraints) + "\n")] if wanted.constraints else []
+            calls[0] = [*limits, *wanted.requirements, "uv"]
+        for what in calls:
+            try:
+                answer = subprocess.run([*command(folder, wanted), *what], capture_output=True, text=True, check=False)
+            except OSError as error:
+                raise WheelhouseError(f"pip cannot be started on the control node ({error})") from error
+            if answer.returncode != 0:
+                raise WheelhouseError(reason(answer.stderr, wanted))
+
+
+def write(folder: str, name: str, text: str) -> str:
+    """Write a file and return its path."""
+    path = os.path.join(folder, name)
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    return path
+
+
+def reason(text: str, wanted: Wanted) -> str:
+    """Return the sentence for pip's complaint."""
+    if "DO NOT MATCH THE HASHES" in text:
+        names = [line.split()[0] for line in text.splitlines() if " from " in line and "(from" in line]
+        return (
+            f"{', '.join(names) or 'a wheel'} has another hash than pytorch_lock says, so nothing was installed; "
+            "find out who changed it, and make the lock anew only if you trust it"
+        )
+    lines = [line for line in text.splitlines() if line.startswith("ERROR")] or ["no reason was given"]
+    what = "the lock" if wanted.lock else " ".join(wanted.requirements) or "uv"
+    variables = "pytorch_lock" if wanted.lock else "pytorch_version, pytorch_packages, pytorch_constraints"
+    return (
+        f"the wheels for {what} cannot be downloaded on the control node "
+        f"({lines[-1].removeprefix('ERROR: ').rstrip('.')}); correct {variables} or pytorch_index_url"
+    )
+
+
+def provide(root: str, wanted: Wanted) -> tuple[str, dict[str, int]]:
     """Return the folder with all wheels and each wheel's size in bytes; download them where they are not there.
 
     Plays run a process per host; the first one downloads, the others wait for it.
 
     Raises:
-        WheelhouseError: pip is missing or does not find a requirement.
+        WheelhouseError: the wheels cannot be had.
     """
     root = os.path.expanduser(root)
-    folder = os.path.join(root, key(requirements, platform, [index, *extra]))
+    folder = os.path.join(root, key(wanted))
     os.makedirs(root, exist_ok=True)
     with open(f"{folder}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,16 +139,6 @@ def provide(
             partial = f"{folder}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
-            try:
-                words = command(partial, requirements, platform, index, extra)
-                answer = subprocess.run(words, capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise WheelhouseError(f"pip cannot be started on the control node ({error})") from error
-            if answer.returncode != 0:
-                lines = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")] or ["no reason was given"]
-                raise WheelhouseError(
-                    f"the wheels for {' '.join(requirements)} cannot be downloaded on the control node "
-                    f"({lines[-1].removeprefix('ERROR: ').rstrip('.')}); correct pytorch_version, pytorch_packages or pytorch_index_url"
-                )
+            download(partial, wanted)
             os.rename(partial, folder)
     return folder, {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}

@@ -20,17 +20,18 @@ C10D = "--rdzv-backend=c10d --rdzv-endpoint={first}:29500 --rdzv-id={run} --loca
 class Plain:
     """One run of torchrun on every node, as a transient unit without restarts."""
 
-    def __init__(self, job: Job, rendezvous: str, restarts: int, environment: str = "") -> None:
+    def __init__(self, job: Job, rendezvous: str, restarts: int, environment: dict[str, str] | None = None) -> None:
+        settings = {"GLOO_SOCKET_IFNAME": "host0", "NCCL_SOCKET_IFNAME": "=host0", "PYTHONUNBUFFERED": "1", **(environment or {})}
+        words = " ".join(f"--setenv={key}={value}" for key, value in settings.items())
         self.job, self.unit, self.since = job, f"plain-{int(time.time())}", time.time()
         python = re.search(r"-- \\\s*(\S+)", job.machines[0].shell(f"systemctl cat {job.unit}")).group(1)
         for rank, machine in enumerate(job.machines):
-            words = rendezvous.format(rank=rank, first=job.machines[0].address, address=machine.address, run=self.unit)
+            place = rendezvous.format(rank=rank, first=job.machines[0].address, address=machine.address, run=self.unit)
             machine.shell(
                 f"mkdir -p /var/tmp/{self.unit} && chown torchrun: /var/tmp/{self.unit} && "
                 f"systemd-run --quiet --collect --unit={self.unit} --uid=torchrun --working-directory=/var/tmp/{self.unit} "
                 f"--property=LimitMEMLOCK=infinity --setenv=TORCHRUN_CHECKPOINT_DIR=/var/tmp/{self.unit} "
-                f"--setenv=GLOO_SOCKET_IFNAME=host0 --setenv=PYTHONUNBUFFERED=1 {environment} "
-                f"{python} -m torch.distributed.run --nnodes={len(job.machines)} --nproc-per-node=1 {words} "
+                f"{words} {python} -m torch.distributed.run --nnodes={len(job.machines)} --nproc-per-node={job.hall.place.workers} {place} "
                 f"--max-restarts={restarts} {job.root}/current/source/train.py /var/lib/torchrun/target")
 
     def steps(self, since):

@@ -42,12 +42,16 @@ PLAN = """
 
 RENDER = PLAN + """
     - name: Render what the roles render
-      ansible.builtin.set_fact:
-        rendered:
-          unit: "{{ lookup('onprem.torch.rendered', unit_template, using={'_torchrun_job': _torchrun_job, '_torchrun_node': _torchrun_node}) }}"
-          torch: "{{ cluster_plan.nodes[inventory_hostname].pytorch }}"
-          peers: "{{ cluster_plan.peers.ipv4 + cluster_plan.peers.ipv6 }}"
+      ansible.builtin.assert:
+        that:
+          - unit | length > 0
+          - torch | length > 0
+          - peers | length > 0
+        quiet: true
       vars:
+        unit: "{{ lookup('onprem.torch.rendered', unit_template, using={'_torchrun_job': _torchrun_job, '_torchrun_node': _torchrun_node}) }}"
+        torch: "{{ cluster_plan.nodes[inventory_hostname].pytorch }}"
+        peers: "{{ cluster_plan.peers.ipv4 + cluster_plan.peers.ipv6 }}"
         unit_template: "%s/roles/torchrun/templates/torchrun.service.j2"
         _torchrun_job: "{{ cluster_plan.job }}"
         _torchrun_node: "{{ cluster_plan.nodes[inventory_hostname] }}"

@@ -7,8 +7,8 @@ from __future__ import annotations
 import random
 import time
 
-AWAY = 20           # seconds for which a node stays off
-PARTITION = 30
+# Seconds for which a node stays off, and is cut off: longer than it takes to be missed. tests/soak.py takes full lengths.
+AWAY, PARTITION = 8, 12
 
 
 def _kill(machine, kind, signal="KILL"):
@@ -19,27 +19,27 @@ def _kill(machine, kind, signal="KILL"):
 
 def worker_killed(job, number):
     moment = _kill(job.machines[number], "worker")
-    return moment, moment, {"host": f"fault{number + 1}", "signal": "SIGKILL"}
+    return moment, moment, {"host": job.machines[number].name, "signal": "SIGKILL"}
 
 
 def torchrun_killed(job, number):
     moment = _kill(job.machines[number], "torchrun")
-    return moment, moment, {"host": f"fault{number + 1}", "signal": "SIGKILL"}
+    return moment, moment, {"host": job.machines[number].name, "signal": "SIGKILL"}
 
 
 def supervisor_killed(job, number):
     moment = _kill(job.machines[number], "supervisor")
-    return moment, moment, {"host": f"fault{number + 1}", "reason": "lost"} if number else None
+    return moment, moment, {"host": job.machines[number].name, "reason": "lost"} if number else None
 
 
 def worker_fails(job, number):
     moment = _kill(job.machines[number], "worker", "USR1")
-    return moment, moment, {"host": f"fault{number + 1}", "error": "ValueError: bad sample"}
+    return moment, moment, {"host": job.machines[number].name, "error": "ValueError: bad sample"}
 
 
 def worker_hangs(job, number):
     moment = _kill(job.machines[number], "worker", "STOP")
-    return moment, moment, {"host": f"fault{number + 1}", "reason": "hang"}
+    return moment, moment, {"host": job.machines[number].name, "reason": "hang"}
 
 
 def reboot(job, number):
@@ -47,7 +47,7 @@ def reboot(job, number):
     leader = machine.leader()
     moment = machine.reboot()
     machine.wait_reboot(leader)
-    return moment, machine.started(), {"host": f"fault{number + 1}", "reason": "shutdown"} if number else None
+    return moment, machine.started(), {"host": job.machines[number].name, "reason": "shutdown"} if number else None
 
 
 def power_loss(job, number):
@@ -55,7 +55,7 @@ def power_loss(job, number):
     moment = machine.power_off()
     time.sleep(AWAY)
     job.hall.power_on()
-    return moment, machine.started(), {"host": f"fault{number + 1}", "reason": "lost"} if number else None
+    return moment, machine.started(), {"host": job.machines[number].name, "reason": "lost"} if number else None
 
 
 def power_loss_of_all(job, _number=0):
@@ -71,7 +71,7 @@ def partition(job, number):
     machine.cable(False)
     time.sleep(PARTITION)
     machine.cable(True)
-    return moment, time.time(), {"host": f"fault{number + 1}", "reason": "lost"} if number else None
+    return moment, time.time(), {"host": job.machines[number].name, "reason": "lost"} if number else None
 
 
 HOLD = """

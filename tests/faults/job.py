@@ -8,31 +8,30 @@ import re
 import subprocess
 import time
 
-from machines import INVENTORY, ROOT, Hall, run
+from machines import ROOT, Hall, run
 
 FOREVER = 10 ** 9
 
 
 class Job:
-    """The job named train."""
+    """A job, by its name."""
 
-    root, unit = "/var/lib/torchrun/train", "torchrun-train.service"
-
-    def __init__(self, hall: Hall) -> None:
+    def __init__(self, hall: Hall, name: str = "train") -> None:
+        self.root, self.unit = f"/var/lib/torchrun/{name}", f"torchrun-{name}.service"
         self.machines = hall.machines
         self.hall = hall
 
     def playbook(self, name, *options):
-        return run("ansible-playbook", name, "-i", str(INVENTORY), *options, cwd=ROOT, timeout=900)
+        return run("ansible-playbook", name, "-i", str(self.hall.place.inventory), *options, cwd=ROOT, timeout=900)
 
-    def deploy(self):
+    def deploy(self, *options):
         """train.yml, as a user would type it; returns once the first step is done."""
         names = "\n".join(f"{machine.address} {machine.name}" for machine in self.machines)
         for machine in self.machines:
             # torch asks for the names of its peers; without an answer each start waits for the resolver's timeout.
             machine.shell(f"grep -q {self.machines[-1].address} /etc/hosts || echo '{names}' >>/etc/hosts")
         self.target(FOREVER)
-        return self.playbook("train.yml")
+        return self.playbook("train.yml", *options)
 
     def target(self, steps):
         """How many steps the job has to do."""
@@ -113,7 +112,7 @@ class Job:
         for machine in self.machines:
             lines = machine.shell("ps -eo pid,cgroup:200,args | grep -E '[t]rain.py' | grep -v torchrun_supervisor.py",
                                   check=False).splitlines()
-            if len(lines) > 2 or any(f"{self.unit}/torchrun" not in line for line in lines):
+            if len(lines) > 1 + self.hall.place.workers or any(f"{self.unit}/torchrun" not in line for line in lines):
                 found[machine.name] = lines
         return found
 

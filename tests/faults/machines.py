@@ -3,6 +3,7 @@
 """The lab's nodes, with a hand on their power and their cable."""
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -11,9 +12,23 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-INVENTORY = HERE / "inventory"
-NODES = INVENTORY / ".state" / "nodes"
-BRIDGE, SUBNET, COUNT = "onpremS0", "198.18.32", 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the nodes of a lab inventory are: the same numbers as in its files."""
+
+    inventory: pathlib.Path = HERE / "inventory"
+    prefix: str = "fault"
+    bridge: str = "onpremS0"
+    subnet: str = "198.18.32"
+    count: int = 4
+    workers: int = 1
+
+    @property
+    def nodes(self):
+        """Folder of the nodes."""
+        return (self.inventory if self.inventory.is_dir() else self.inventory.parent) / ".state" / "nodes"
 
 
 def _nspawn():
@@ -37,10 +52,11 @@ def run(*words, check=True, **options):
 class Machine:
     """One node of the lab."""
 
-    def __init__(self, number):
-        self.name, self.address = f"fault{number + 1}", f"{SUBNET}.{number + 11}"
-        self.machine = nspawn.machine_name(self.name, BRIDGE)
-        self.directory = str(NODES / self.name / "root")
+    def __init__(self, number, place):
+        self.place = place
+        self.name, self.address = f"{place.prefix}{number + 1}", f"{place.subnet}.{number + 11}"
+        self.machine = nspawn.machine_name(self.name, place.bridge)
+        self.directory = str(place.nodes / self.name / "root")
 
     def leader(self):
         """This host's id of the node's first process, 0 while it is off."""
@@ -59,7 +75,7 @@ class Machine:
         run("ip", "link", "set", f"vb-{self.machine}", "down", check=False)     # no TCP reset gets out
         moment = time.time()
         run("ansible", "localhost", "-m", "onprem.torch.nspawn_node", "-a",
-            f"name={self.name} state=powered_off state_dir={NODES} bridge={BRIDGE}", cwd=ROOT)
+            f"name={self.name} state=powered_off state_dir={self.place.nodes} bridge={self.place.bridge}", cwd=ROOT)
         return moment
 
     def reboot(self):
@@ -85,11 +101,11 @@ class Machine:
         run("ip", "link", "set", f"vb-{self.machine}", "up" if plugged else "down")
 
     def pid(self, kind):
-        """Id inside the node of its supervisor, torchrun or worker."""
+        """Id inside the node of its supervisor, torchrun or (first) worker."""
         pattern = {"supervisor": "[t]orchrun_supervisor.py", "torchrun": "^[^ ]*python[0-9.]* -m [t]orch.distributed.run",
                    "worker": "^[^ ]*python[0-9.]* -u .*[t]rain.py"}[kind]
         found = self.shell(f"pgrep -f '{pattern}' || true").split()
-        if len(found) != 1:
+        if len(found) != (self.place.workers if kind == "worker" else 1):
             raise RuntimeError(f"{self.name} has {len(found)} processes of kind {kind}: {found}")
         return int(found[0])
 
@@ -97,12 +113,14 @@ class Machine:
 class Hall:
     """All machines."""
 
-    def __init__(self):
-        self.machines = [Machine(number) for number in range(COUNT)]
+    def __init__(self, place=Place()):
+        self.place = place
+        self.machines = [Machine(number, place) for number in range(place.count)]
 
     def power_on(self):
         """Boot those that are off; the others are left alone."""
-        run("ansible-playbook", "playbooks/lab.yml", "-i", str(INVENTORY), cwd=ROOT)
+        (self.place.nodes.parent / "shared").mkdir(parents=True, exist_ok=True)
+        run("ansible-playbook", "playbooks/lab.yml", "-i", str(self.place.inventory), cwd=ROOT)
 
     def close(self):
-        run("ansible-playbook", "playbooks/lab.yml", "-i", str(INVENTORY), "-e", "lab_state=absent", cwd=ROOT)
+        run("ansible-playbook", "playbooks/lab.yml", "-i", str(self.place.inventory), "-e", "lab_state=absent", cwd=ROOT)

@@ -6,15 +6,26 @@ import functools
 import gzip
 import hashlib
 import http.server
+import platform
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import typing as t
 from pathlib import Path
 
 SERVICE = "[Unit]\nDescription={name}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
 # A post-installation script that takes as long as a DKMS build where the test asks for it.
-POSTINST = "#!/bin/sh\nset -e\nwhile [ -e /run/slow-build ]; do sleep 0.1; done\n"
+# Where the test asks for it, it asks for a reboot as packages of Debian and Ubuntu do.
+POSTINST = """#!/bin/sh
+set -e
+while [ -e /run/slow-build ]; do sleep 0.1; done
+if [ -e /etc/asks-for-reboot ]; then
+    touch /run/reboot-required
+    echo "$DPKG_MAINTSCRIPT_PACKAGE" >>/run/reboot-required.pkgs
+fi
+"""
 
 
 class Package(t.NamedTuple):
@@ -48,6 +59,11 @@ def driver(version: str) -> list[Package]:
         ),
         Package("nvidia-fabricmanager", version, "", "nvidia-fabricmanager.service"),
     ]
+
+
+def headers(kernel: str) -> list[Package]:
+    """Return the headers of a kernel, which Debian's own archive has for its own kernels only."""
+    return [Package(f"linux-headers-{kernel}", "1")]
 
 
 def nccl(version: str) -> list[Package]:
@@ -173,3 +189,26 @@ def serve(folder: Path, address: str) -> tuple[http.server.ThreadingHTTPServer, 
     server = http.server.ThreadingHTTPServer((address, 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server, server.server_address[1]
+
+
+def main(folder: Path) -> None:
+    """Build a mirror of the repositories for both Debians as FOLDER/mirror.tar; the key's fingerprint lies beside it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        key = Key(Path(scratch) / "gpg")
+        repository = Repository(Path(scratch) / "mirror/nvidia/debian12/x86_64", key)
+        packages = [*headers(platform.release()), *toolkit("13.0", "13.0.2-1")]
+        for version in ("580.105.08-1", "580.159.03-1"):
+            packages += driver(version)
+        for version in ("2.28.9-1+cuda13.0", "2.29.7-1+cuda12.9"):
+            packages += nccl(version)
+        repository.offer(packages)
+        for name in ("3bf863cc.pub", "8793F200.pub"):
+            shutil.copy(repository.folder / "key.pub", repository.folder / name)
+        (repository.folder.parents[1] / "debian13").symlink_to("debian12")
+        subprocess.run(["tar", "--create", "--file", str(folder / "mirror.tar"), "--directory", scratch, "mirror"], check=True)
+        (folder / "fingerprint").write_text(key.fingerprint)
+        key.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

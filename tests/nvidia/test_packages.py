@@ -31,139 +31,152 @@ def driver(source: conftest.Source, version: str = "580.105.08", **changes: t.An
     }
 
 
-def succeeded(answer: dict[str, t.Any]) -> dict[str, t.Any]:
-    assert not answer.get("failed"), answer.get("msg")
-    return answer
+def library(source: conftest.Source, version: str) -> dict[str, t.Any]:
+    """Return the settings of NCCL as the plan gives them."""
+    names = ["libnccl2", "libnccl-dev"]
+    packages = [{"name": name, "version": version} for name in names]
+    return {"name": "nccl", "repository": source.settings, "packages": packages, "pins": [{"packages": names, "version": version}]}
 
 
-def refused(answer: dict[str, t.Any]) -> str:
-    assert answer.get("failed"), answer
-    assert "Traceback" not in answer["msg"]
-    return str(answer["msg"])
+def succeeded(answers: list[dict[str, t.Any]], changed: bool = True) -> list[dict[str, t.Any]]:
+    for answer in answers:
+        assert not answer.get("failed"), answer.get("msg")
+        assert answer["changed"] is changed, answer.get("diff")
+    return answers
 
 
-def test_install_then_nothing_to_do(node, source):
+def refused(answers: list[dict[str, t.Any]]) -> list[str]:
+    for answer in answers:
+        assert answer.get("failed"), answer
+        assert "Traceback" not in answer["msg"]
+    return [str(answer["msg"]) for answer in answers]
+
+
+def test_install_then_nothing_to_do(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
-    planned = succeeded(node.bring(driver(source), check=True))
-    assert planned["changed"] and "nvidia-driver-cuda 580.105.08-*" in planned["diff"]["after"]
-    assert node.versions() == {}, "check mode changes nothing"
-    assert "onprem" not in node.run("ls /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/preferences.d")
-    answer = succeeded(node.bring(driver(source)))
-    assert answer["changed"] and set(node.versions()) == WHOLE and set(node.versions().values()) == {OLD}
-    assert node.held() == WHOLE
-    assert node.run("systemctl is-enabled nvidia-persistenced nvidia-fabricmanager").split() == ["enabled", "enabled"]
-    again = succeeded(node.bring(driver(source)))
-    assert not again["changed"] and again["diff"] == {"before": "", "after": ""}
-    assert not succeeded(node.bring(driver(source), check=True))["changed"]
+    for planned in succeeded(nodes.bring(driver(source), check=True)):
+        shown = {entry["after_header"]: entry["after"] for entry in planned["diff"]}
+        assert shown["package nvidia-driver-cuda"] == "580.105.08-*\n"
+    assert nodes.versions() == [{}, {}] and "onprem" not in nodes.files(), "check mode changes nothing"
+    succeeded(nodes.bring(driver(source)))
+    assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2
+    assert nodes.held() == [WHOLE] * 2
+    for text in nodes.run("systemctl is-enabled nvidia-persistenced nvidia-fabricmanager").values():
+        assert text.split() == ["enabled", "enabled"]
+    for again in succeeded(nodes.bring(driver(source)), changed=False):
+        assert again["diff"] == []
+    succeeded(nodes.bring(driver(source), check=True), changed=False)
 
 
-def test_a_full_upgrade_leaves_the_set_alone(node, source):
+def test_a_full_upgrade_leaves_the_set_alone(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
-    succeeded(node.bring(driver(source)))
+    succeeded(nodes.bring(driver(source)))
     source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
-    node.run("apt-get update")
     upgrade = "DEBIAN_FRONTEND=noninteractive apt-get --yes full-upgrade"
-    node.run(upgrade)
-    assert set(node.versions().values()) == {OLD}, "pinned and held"
-    node.run("rm /etc/apt/preferences.d/onprem-torch-*")
-    assert "kept back" in node.run(upgrade)
-    assert set(node.versions().values()) == {OLD}, "held alone"
-    node.run("apt-mark showhold | xargs apt-mark unhold")
-    node.run(upgrade)
-    assert set(node.versions().values()) == {NEW}, "without pin and hold the newer one was really on offer"
-    succeeded(node.bring(driver(source)))
-    assert set(node.versions().values()) == {OLD} and node.held() == WHOLE
+    # Only the new repository is asked, so that the nodes' other packages stay as they are.
+    update = "apt-get -o Dir::Etc::SourceList=/etc/apt/sources.list.d/onprem-torch-nvidia.sources -o Dir::Etc::SourceParts=/dev/null update"
+    nodes.run(f"{update} && {upgrade}")
+    assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "pinned and held"
+    for text in nodes.run(f"rm /etc/apt/preferences.d/onprem-torch-* && {upgrade}").values():
+        assert "kept back" in text
+    assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "held alone"
+    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && {upgrade}")
+    assert nodes.versions() == [dict.fromkeys(WHOLE, NEW)] * 2, "without pin and hold the newer one was really on offer"
+    succeeded(nodes.bring(driver(source)))
+    assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2 and nodes.held() == [WHOLE] * 2
 
 
-def test_one_variable_upgrades_and_downgrades(node, source):
-    source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
-    for wanted, version in (("580.105.08", OLD), ("580.159.03", NEW), ("580.105.08", OLD)):
-        succeeded(node.bring(driver(source, wanted)))
-        assert (set(node.versions().values()), node.held()) == ({version}, WHOLE)
-        assert not succeeded(node.bring(driver(source, wanted)))["changed"]
-
-
-def test_other_kernel_modules_replace_the_open_ones(node, source):
+def test_other_kernel_modules_replace_the_open_ones(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
-    succeeded(node.bring(driver(source)))
+    succeeded(nodes.bring(driver(source)))
     packages = [{"name": name.replace("-open", ""), "version": "580.105.08-*"} for name in PACKAGES]
-    answer = succeeded(node.bring(driver(source, packages=packages)))
-    assert answer["removed"] == ["nvidia-kernel-open-dkms"] and "nvidia-kernel-dkms" in node.held()
+    for answer in succeeded(nodes.bring(driver(source, packages=packages))):
+        assert answer["removed"] == ["nvidia-kernel-open-dkms"]
+    assert all("nvidia-kernel-dkms" in held for held in nodes.held())
 
 
-def test_sets_beside_each_other_keep_their_own(node, source):
+def test_sets_beside_each_other_keep_their_own(nodes, source):
     nccl, toolkit = "2.28.9-1+cuda13.0", "13.0.2-1"
     source.repository.offer([*apt_repository.nccl(nccl), *apt_repository.nccl("2.29.7-1+cuda12.9"), *apt_repository.toolkit("13.0", toolkit)])
-    wanted = {"name": "nccl", "repository": source.settings, "packages": [{"name": name, "version": nccl} for name in ("libnccl2", "libnccl-dev")]}
-    succeeded(node.bring(wanted))
-    succeeded(node.bring({"name": "cuda", "repository": source.settings, "packages": [{"name": "cuda-toolkit-13-0", "version": "13.0.2-*"}]}))
-    assert node.held() == {"libnccl2", "libnccl-dev", "cuda-toolkit-13-0"}
-    assert node.versions() == {"libnccl2": nccl, "libnccl-dev": nccl, "cuda-toolkit-13-0": toolkit, "cuda-nvcc-13-0": toolkit}
-    assert not succeeded(node.bring(wanted))["changed"]
+    succeeded(nodes.bring(library(source, nccl)))
+    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "13.0.2-*"}]
+    tools = {"name": "cuda", "repository": source.settings, "packages": [{"name": "cuda-toolkit-13-0", "version": "13.0.2-*"}], "pins": pins}
+    succeeded(nodes.bring(tools))
+    assert nodes.held() == [{"libnccl2", "libnccl-dev", "cuda-toolkit-13-0"}] * 2
+    both = {"libnccl2": nccl, "libnccl-dev": nccl, "cuda-toolkit-13-0": toolkit, "cuda-nvcc-13-0": toolkit}
+    assert nodes.versions() == [both] * 2
+    succeeded(nodes.bring(library(source, nccl)), changed=False)
 
 
 @pytest.mark.parametrize("victim", ["dpkg", "play"])
-def test_an_interrupted_installation_heals(node, source, victim):
+def test_an_interrupted_installation_heals(nodes, source, victim):
     source.repository.offer(apt_repository.driver(OLD))
-    node.run("touch /run/slow-build")
-    words = node.module_words(driver(source))
-    with subprocess.Popen([str(conftest.ANSIBLE / words[0]), *words[1:]], cwd=conftest.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as play:
-        deadline = time.monotonic() + 60
-        while not node.run("pgrep -f 'nvidia-kernel-open-dkms.postinst' || true").strip():
+    nodes.run("touch /run/slow-build")
+    words = nodes.module_words(driver(source))
+    command = [str(conftest.ANSIBLE / words[0]), *words[1:]]
+    with subprocess.Popen(command, cwd=conftest.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as play:
+        deadline = time.monotonic() + 180
+        while not all(text.strip() for text in nodes.run("pgrep -f 'nvidia-kernel-open-dkms.postins[t]' || true").values()):
             assert time.monotonic() < deadline and play.poll() is None, "the installation never reached the slow package"
             time.sleep(0.2)
         if victim == "play":
             os.killpg(play.pid, signal.SIGKILL)
-            node.run("pkill -9 -f AnsiballZ_nvidia_package[s] || true")
-        node.run("pkill -9 -x dpkg; pkill -9 -x apt-get; true")
-        play.wait(timeout=60)
-    node.run("rm -f /run/slow-build; pkill -9 -f 'nvidia-kernel-open-dkms.postins[t]' || true")
-    broken = node.run("dpkg --audit; dpkg-query -W -f '${Package} ${db:Status-Status}\\n' | grep half || true")
-    assert "nvidia-kernel-open-dkms" in broken, "the installation was really interrupted"
-    answer = succeeded(node.bring(driver(source)))
-    assert answer["healed"] and set(node.versions()) == WHOLE and node.held() == WHOLE
-    assert node.run("dpkg --audit") == ""
-    assert not succeeded(node.bring(driver(source)))["changed"]
+            nodes.run("pkill -9 -f '[A]nsiballZ_nvidia_packages' || true")
+        # The package's script goes last: dpkg must not see it end.
+        nodes.run("pkill -9 -x dpkg; pkill -9 -x apt-get; pkill -9 -f 'nvidia-kernel-open-dkms.postins[t]'; rm -f /run/slow-build")
+        play.wait(timeout=180)
+    for text in nodes.run("dpkg-query -W -f '${Package} ${db:Status-Status}\\n' | grep half || true").values():
+        assert "nvidia-kernel-open-dkms" in text, "the installation was really interrupted"
+    for answer in succeeded(nodes.bring(driver(source))):
+        assert answer["healed"]
+    assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2 and nodes.held() == [WHOLE] * 2
+    assert set(nodes.run("dpkg --audit").values()) == {""}
+    succeeded(nodes.bring(driver(source)), changed=False)
 
 
-def test_another_key_than_the_expected_is_refused(node, source, keys):
+def test_another_key_than_the_expected_is_refused(nodes, source, keys):
     source.repository.offer(apt_repository.driver(OLD))
     settings = {**source.settings, "key_fingerprint": keys[1].fingerprint}
-    message = refused(node.bring(driver(source, repository=settings)))
-    assert keys[0].fingerprint in message and keys[1].fingerprint in message and "nothing was changed" in message
-    assert "onprem" not in node.run("ls /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/preferences.d")
+    for message in refused(nodes.bring(driver(source, repository=settings))):
+        assert keys[0].fingerprint in message and keys[1].fingerprint in message and "refused" in message
+    assert "onprem" not in nodes.files()
 
 
-def test_what_a_stranger_signed_is_refused(node, source, keys):
+def test_what_a_stranger_signed_is_refused(nodes, source, keys):
     source.repository.sign_with(keys[1])
     source.repository.offer(apt_repository.driver(OLD))
-    message = refused(node.bring(driver(source)))
-    assert f"{source.settings['url']} offers is not signed with the key" in message
-    assert node.versions() == {} and "onprem" not in node.run("ls /etc/apt/sources.list.d /etc/apt/keyrings /etc/apt/preferences.d")
-    node.run("apt-get update")
+    for message in refused(nodes.bring(driver(source))):
+        assert f"the repository {source.settings['url']} cannot be used" in message
+        assert keys[1].fingerprint[-16:] in message, "the key that signed is named"
+    assert nodes.versions() == [{}, {}] and "onprem" not in nodes.files()
 
 
-def test_an_unreachable_repository_is_named(node, source):
+def test_an_unreachable_repository_is_named(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
     nowhere = f"http://{conftest.BRIDGE}:9/"
-    message = refused(node.bring(driver(source, repository={**source.settings, "url": nowhere})))
-    assert f"{nowhere} cannot be read" in message and "cuda_repository_url" in message
-    message = refused(node.bring(driver(source, repository={**source.settings, "key_url": f"{nowhere}key.pub"})))
-    # The key is there already where an earlier task got it; it is not here, so its URL is named.
-    assert f"{nowhere}key.pub cannot be read" in message
+    for message in refused(nodes.bring(driver(source, repository={**source.settings, "url": nowhere}))):
+        assert f"the repository {nowhere} cannot be used" in message and "cuda_repository_url" in message
+    for message in refused(nodes.bring(driver(source, repository={**source.settings, "key_url": f"{nowhere}key.pub"}))):
+        assert f"cannot be fetched from {nowhere}key.pub" in message and "cuda_repository_key_url" in message
+    assert "onprem" not in nodes.files()
 
 
-def test_a_repository_without_the_version_says_what_it_has(node, source):
+def test_a_repository_without_the_version_says_what_it_has(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
-    message = refused(node.bring(driver(source, "570.10.01")))
-    assert "lacks nvidia-driver-cuda 570.10.01-* (on offer: 580.105.08-1)" in message
-    assert node.versions() == {}
+    for message in refused(nodes.bring(driver(source, "570.10.01"))):
+        assert f"{source.settings['url']} has no nvidia-driver-cuda 570.10.01-* (it has 580.105.08-1)" in message
+    packages = [{"name": "linux-headers-0.0.0-nowhere", "version": ""}, *driver(source)["packages"]]
+    for message in refused(nodes.bring(driver(source, packages=packages))):
+        assert "no linux-headers-0.0.0-nowhere, which DKMS needs for the running kernel; install the newest kernel" in message
+    assert nodes.versions() == [{}, {}] and "onprem" not in nodes.files()
 
 
-def test_somebody_elses_hold_is_respected(node, source):
-    source.repository.offer([*apt_repository.nccl("2.28.9-1+cuda13.0"), *apt_repository.nccl("2.29.7-1+cuda12.9")])
-    wanted = {"name": "nccl", "repository": source.settings, "packages": [{"name": "libnccl2", "version": "2.29.7-1+cuda12.9"}]}
-    succeeded(node.bring(wanted))
-    node.run("rm /etc/apt/preferences.d/onprem-torch-nccl.pref")
-    message = refused(node.bring({**wanted, "packages": [{"name": "libnccl2", "version": "2.28.9-1+cuda13.0"}]}))
-    assert "libnccl2 2.29.7-1+cuda12.9 is on hold, but not by this collection" in message and "apt-mark unhold" in message
+def test_somebody_elses_hold_is_respected(nodes, source):
+    old, new = "2.28.9-1+cuda13.0", "2.29.7-1+cuda12.9"
+    source.repository.offer([*apt_repository.nccl(old), *apt_repository.nccl(new)])
+    succeeded(nodes.bring(library(source, old)))
+    # Without our pins the holds are somebody else's.
+    nodes.run("rm /etc/apt/preferences.d/onprem-torch-nccl.pref")
+    for message in refused(nodes.bring(library(source, new))):
+        assert f"libnccl2 is held at {old}, but {new} is wanted" in message and "apt-mark unhold libnccl-dev libnccl2" in message
+    assert nodes.versions() == [{"libnccl2": old, "libnccl-dev": old}] * 2

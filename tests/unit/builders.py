@@ -6,12 +6,15 @@ import copy
 import functools
 import typing as t
 
+import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar, trust_as_template
 from ansible_collections.onprem.torch.plugins.module_utils.plan import Host, Release
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
 
 GIB = 1024**3
+with open(catalog.MANIFEST, encoding="utf-8") as _stream:
+    MANIFEST = yaml.safe_load(_stream)
 RELEASE = Release("ab" * 32, "train.py", "/home/me/project", "cd" * 32)
 
 
@@ -45,7 +48,14 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "disk": {"/opt/onprem.torch": 500 * GIB, "/var/lib/torchrun": 500 * GIB},
         "paths": {},
         "torch": {},
+        "torch_builds": {},
+        "packages": {},
+        "own_pins": [],
+        "boot_id": f"{number:08x}-0000-4000-8000-000000000000",
+        "control_node": False,
         "jobs": [],
+        "checkpoint": {},
+        "checkpoint_hosts": [],
         "glibc": "2.36",
         "clock_offset_seconds": 0.0,
         "cpus": 8,

@@ -9,6 +9,17 @@ from pathlib import Path
 FIXTURES = Path(__file__).parent / "fixtures" / "hardware"
 
 
+# The machines that decisions are tested with, as ``machine`` builds them.
+MACHINES: dict[str, dict[str, t.Any]] = {
+    "1x H100": {"gpus": 1, "device": "0x2330", "nics": 1},
+    "8x A100": {"gpus": 8, "device": "0x20b2", "switches": 6, "nics": 8},
+    "8x H100": {"gpus": 8, "device": "0x2330", "switches": 4, "nics": 8},
+    "8x B200": {"gpus": 8, "device": "0x2901", "bridges": 4, "nics": 8},
+    "4x L40S, PCIe": {"gpus": 4, "device": "0x26b9", "nics": 1},
+    "no GPU": {"nics": 1},
+}
+
+
 def put(root: Path, path: str, text: str = "") -> None:
     target = root / path
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def test_madison_and_simulation():
     ("text", "word"),
     [
         ("Err:1 http://x / InRelease\n  Could not connect to 198.18.0.9:80 (198.18.0.9). - connect (111: Connection refused)\n", "Could not connect"),
-        ("W: GPG error: http://x / Release: The following signatures couldn't be verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
+        ("W: GPG error: http://x / Release: Not verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
         ("E: Unable to locate package x\n", "Unable to locate package x"),
     ],
 )
@@ -101,3 +101,28 @@ def test_fingerprints_are_those_of_gpg(tmp_path, algorithm):
 def test_what_is_no_key_is_refused(data):
     with pytest.raises(openpgp.KeyFileError):
         openpgp.fingerprints(data)
+
+
+def test_packages_of_interest_are_told_with_what_is_half_done():
+    status = (
+        "Package: nvidia-smi\nStatus: hold ok installed\nVersion: 1\n\nPackage: vim\nStatus: install ok installed\nVersion: 2\n\n"
+        "Package: cups\nStatus: install ok half-configured\nVersion: 3\n\nPackage: nvidia-old\nStatus: deinstall ok config-files\nVersion: 4\n"
+    )
+    assert sorted(apt_state.chosen(apt_state.parse_status(status), ["nvidia-*"])) == ["cups", "nvidia-smi"]
+    assert sorted(apt_state.chosen(apt_state.parse_status(status), [])) == ["cups"]
+
+
+def test_own_pins_are_read_from_our_files_only(tmp_path):
+    folder = tmp_path / "etc/apt/preferences.d"
+    folder.mkdir(parents=True)
+    (folder / "onprem-torch-nccl.pref").write_text(apt_state.preferences([{"packages": ["libnccl2", "libnccl-dev"], "version": "1"}]))
+    (folder / "other.pref").write_text("Package: vim\nPin: version 1\nPin-Priority: 1001\n")
+    assert apt_state.own_pins(str(tmp_path)) == ["libnccl2", "libnccl-dev"]
+
+
+def test_what_a_set_pins_no_more_is_released():
+    entry = {"flag": "ok", "state": "installed", "version": "1"}
+    packages = {"cuda-toolkit-12-9": {**entry, "want": "hold"}, "cuda-toolkit-13-0": {**entry, "want": "hold"}, "vim": {**entry, "want": "hold"}}
+    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "1"}]
+    assert apt_state.released(packages, pins, ["cuda-toolkit-12-9", "cuda-toolkit-13-0"]) == ["cuda-toolkit-12-9"]
+    assert apt_state.released(packages, pins, []) == []

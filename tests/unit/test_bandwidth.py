@@ -79,6 +79,16 @@ def test_unknown_hardware_is_said_to_be_unknown():
     assert virtual.value is None and "host0 reports no speed" in virtual.arithmetic
 
 
+@pytest.mark.parametrize(("capability", "value"), [(60, 18.0), (80, 20.0), (86, 12.0), (89, 20.0), (90, 20.6), (100, 40.1), (103, 40.1)])
+def test_the_speed_of_a_link_is_nccl_s(capability, value):
+    assert bandwidth.nvlink_bandwidth(capability) == value
+
+
+def test_a_gpu_newer_than_the_table_is_unknown():
+    found = bandwidth.inside_node([Gpu("a newer one", 130, 18)] * 8)
+    assert found.value is None and "compute capability 13.0" in found.arithmetic
+
+
 def test_pcie_cards_only_warn():
     found = bandwidth.inside_node([Gpu("RTX 4090", 89, 0, 16.0, 16)] * 2)
     assert found.value == pytest.approx(24.0) and not found.blocks
@@ -103,6 +113,7 @@ def test_the_slower_of_inside_and_wire_decides():
 
 
 def test_a_row_has_the_shape_of_nccl_tests():
-    row = bandwidth.nccl_tests_row(1024, "float32", "sum", 1e-5, 2, 0)
+    row = bandwidth.nccl_tests_row(1024, "float32", "sum", 1e-5, 2, 0, 20)
     assert row["count"] == 256 and row["type"] == "float" and row["in_place"]["time"] == pytest.approx(10.0)
-    assert set(row) == {"size", "count", "type", "redop", "root", "out_of_place", "in_place"}
+    shape = {"size", "count", "type", "redop", "root", "out_of_place", "in_place", "actual_iterations", "experiment_name"}
+    assert set(row) == shape and row["out_of_place"] is None

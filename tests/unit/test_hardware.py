@@ -81,6 +81,7 @@ def test_no_gpu_is_a_clean_answer(tmp_path):
         "mismatch": False,
         "nouveau": False,
         "peermem": False,
+        "peer_memory": False,
     }
 
 
@@ -136,3 +137,19 @@ def test_this_machine_answers_quickly():
         hardware.collect()
         times.append(time.process_time() - before)
     assert min(times) < 0.02 or hardware.collect()["gpus"]
+
+
+@pytest.mark.parametrize(
+    ("states", "worst"),
+    [(["Completed", "Completed"], "Completed"), (["Completed", "In Progress"], "In Progress"), (["N/A"], ""), ([], "")],
+)
+def test_the_fabric_is_as_far_as_its_last_gpu(states, worst):
+    block = "GPU 00000000:1B:00.0\n    Fabric\n        State                             : {0}\n        Status                            : Success\n"
+    assert hardware.parse_fabric("".join(block.format(state) for state in states)) == worst
+
+
+def test_peer_memory_is_the_rdma_stacks(tmp_path):
+    trees.put(tmp_path, "proc/kallsyms", "0000000000000000 T ib_register_peer_memory_client\t[ib_core]\n")
+    assert hardware.peer_memory(str(tmp_path)) is False, "no adapter"
+    trees.put(tmp_path, "sys/class/infiniband/mlx5_0/node_type", "1: CA")
+    assert hardware.peer_memory(str(tmp_path)) is True

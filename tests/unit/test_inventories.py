@@ -10,7 +10,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, merged, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connections
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 from builders import GIB, RELEASE, interface, node, reader, specification, template
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,7 +43,7 @@ def judge(inventory: Inventory, nodes: Nodes) -> list[Problem]:
     read = reader(inventory)
     problems = []
     for name in inventory:
-        problems += connections.check(name, *read.environment(name))
+        problems += connection_variables.check(name, *read.environment(name))
     hosts = []
     for name in inventory:
         host, found = read.host(name)

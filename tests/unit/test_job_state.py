@@ -72,3 +72,58 @@ def test_a_table_has_a_line_for_each_row(rows):
 def test_a_node_that_does_not_answer_is_a_row():
     rows = job_state.status_rows({"n1": {"error": "no answer"}}, ["n1", "n2"][:1], 0.0)
     assert rows[0][:3] == ("n1", 0, "unreachable")
+
+
+def start(release, back=False, kept=True):
+    return {"release": release, "time": 1.0, "back": back, "kept": kept}
+
+
+def ran(*starts, release="", unit="active"):
+    return {"releases": list(starts), "release": release or starts[-1]["release"], "unit": unit}
+
+
+A, B, C = start("a"), start("b"), start("c")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "decision", "release"),
+    [
+        ([ran(A, B), ran(A, B)], "", "rollback", "a"),
+        ([ran(A, B, start("a", back=True)), ran(A, B, start("a", back=True))], "", "follow", "a"),
+        ([ran(A, B, start("a", back=True), unit="inactive")], "", "rollback", "a"),
+        ([ran(A, B, start("a", back=True), C)], "", "rollback", "a"),
+        ([ran(A, B, C), ran(A, B, C)], "a", "rollback", "a"),
+        ([ran(A, B), ran(B)], "", "refuse", ""),
+        ([ran(A, C), ran(B, C)], "", "refuse", ""),
+        ([ran(start("a", kept=False), B)], "", "refuse", "a"),
+        ([ran(A, B)], "x", "refuse", "x"),
+        ([{"releases": [], "release": "", "unit": "absent"}], "", "refuse", ""),
+    ],
+)
+def test_going_back(nodes, wanted, decision, release):
+    found = job_state.decide_rollback({f"n{number}": node for number, node in enumerate(nodes)}, wanted)
+    assert (found[0], found[2]) == (decision, release)
+    assert found[1]
+
+
+def test_gpu_memory_is_told_by_unit_and_by_stray_process():
+    gpus = [
+        {"gpu": "0", "pid": 7, "name": "python3", "unit": "torchrun-train.service", "used_mib": 2048},
+        {"gpu": "1", "pid": 8, "name": "python3", "unit": "torchrun-train.service", "used_mib": 1024},
+        {"gpu": "1", "pid": 9, "name": "jupyter", "unit": "", "used_mib": 512},
+    ]
+    assert job_state.gpu_holders({"gpus": gpus}) == "torchrun-train 3.0 GiB, jupyter (pid 9) 0.5 GiB"
+    assert job_state.gpu_holders({}) == "-"
+
+
+def test_the_firewall_column():
+    assert job_state.firewall_word(None) == "-"
+    assert job_state.firewall_word({"intact": True}) == "intact"
+    assert job_state.firewall_word({"intact": False, "text": "the table is gone"}) == "the table is gone"
+
+
+def test_every_row_has_a_cell_for_each_column():
+    info = {"unit": "active", "since": 1.0, "state": {"state": "running", "generation": 3}, "step": "[rank 0] step 5", "step_time": 5.0}
+    rows = job_state.status_rows({"n1": info, "n2": {"error": "no answer"}}, ["n1", "n2"], 10.0)
+    assert {len(row) for row in rows} == {len(job_state.STATUS_HEADER)}
+    assert rows[0][6:8] == ("step 5", "5 s")

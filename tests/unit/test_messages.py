@@ -11,7 +11,7 @@ from ansible_collections.onprem.torch.plugins.action import plan as action
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connections
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 from builders import GIB, RELEASE, HostVars, host, interface, node, reader, template
 
 TWO_NETWORKS = [interface("lo", "127.0.0.1/8"), interface("eth0", "198.18.0.{0}/16"), interface("ib0", "198.19.0.{0}/24")]
@@ -34,7 +34,7 @@ def read(**variables: t.Any) -> list[str]:
 def connect(**variables: t.Any) -> list[str]:
     """Return the sentences for the variables that Ansible connects to one host with."""
     raw, templar = reader({"n1": variables}).environment("n1")
-    return [problem.sentence() for problem in connections.check("n1", raw, templar)]
+    return [problem.sentence() for problem in connection_variables.check("n1", raw, templar)]
 
 
 def sockets(port: int, unit: str, command: str = "python3") -> dict[str, t.Any]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hardware_trees as trees
 import pytest
-import yaml
 from ansible_collections.onprem.torch.plugins.module_utils import hardware, nvidia
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
-from builders import RELEASE, host, node
+from builders import MANIFEST, RELEASE, host, node
 
-with open(catalog.MANIFEST, encoding="utf-8") as _stream:
-    MANIFEST = yaml.safe_load(_stream)
 DEBIAN = {"id": "debian", "version": "12", "name": "Debian GNU/Linux 12 (bookworm)"}
 TRIXIE = {"id": "debian", "version": "13", "name": "Debian GNU/Linux 13 (trixie)"}
 JAMMY = {"id": "ubuntu", "version": "22.04", "name": "Ubuntu 22.04.5 LTS"}
@@ -180,9 +176,27 @@ def test_nouveau_means_a_reboot(tmp_path):
     assert decision["driver"]["reboot_expected"] and "nouveau" in decision["advice"][0]
 
 
-def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice(tmp_path):
-    _line, decision, _problems = decide(found(tmp_path, {**H100, "driver": "580.159.04"}))
-    assert "fabric manager" in decision["advice"][0]
+def test_a_good_driver_gets_the_fabric_manager_of_its_own_version_and_nothing_else(tmp_path):
+    findings = found(tmp_path, {**H100, "driver": "580.159.04"})
+    _line, decision, _problems = decide(findings)
+    assert (decision["driver"]["action"], decision["driver"]["version"]) == ("keep", "580.159.04")
+    settings = decision["driver"]["settings"]
+    assert settings["packages"] == [{"name": "nvidia-fabricmanager", "version": "580.159.04-*"}]
+    assert settings["pins"] == [{"packages": ["nvidia-fabricmanager"], "version": "580.159.04-*"}]
+    assert settings["services"] == ["nvidia-fabricmanager.service"]
+    findings["hardware"]["fabric"]["manager_running"] = True
+    assert not decide(findings)[1]["driver"]["wanted"]
+    findings["packages"] = {"nvidia-fabricmanager": {"version": "580.105.08-1", "want": "install", "flag": "ok", "state": "installed"}}
+    assert decide(findings)[1]["driver"]["wanted"], "another version than the driver's"
+
+
+def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice_and_a_problem_once_the_fabric_says_so(tmp_path):
+    findings = found(tmp_path, {**H100, "driver": "580.159.04"})
+    _line, decision, problems = decide(findings, nvidia_driver_manage=False)
+    assert problems == [] and "fabric manager" in decision["advice"][0]
+    findings["hardware"]["fabric"]["state"] = "In Progress"
+    _line, _decision, problems = decide(findings, nvidia_driver_manage=False)
+    assert len(problems) == 1 and "'In Progress'" in problems[0] and "nvidia-fabricmanager 580.159.04" in problems[0]
 
 
 def test_the_fabric_manager_follows_the_variable(tmp_path):
@@ -242,3 +256,169 @@ def test_every_line_of_the_manifest_is_whole():
             assert nvidia.numbers(line["compatible_driver"]) <= nvidia.numbers(line["minimum_driver"])
             assert nvidia.numbers(line["minimum_driver"]) <= nvidia.numbers(MANIFEST["driver"]["version"])
             assert line["nccl_version"].split("+cuda")[1] == name
+
+
+INFINIBAND = [{"interface": "ib0", "rdma": [{"device": "mlx5_0"}], "virtual": False}]
+
+
+@pytest.mark.parametrize(
+    ("machine", "kernel", "peer_memory", "variables", "path", "advised"),
+    [
+        (H100, "6.1.0-30-amd64", False, {}, "dma-buf", False),
+        (H100, "6.1.0-30-amd64", True, {}, "dma-buf", False),
+        (H100, "5.10.0-8-amd64", True, {}, "peermem", False),
+        (H100, "5.10.0-8-amd64", False, {}, "", True),
+        (V100, "6.1.0-30-amd64", False, {}, "", True),
+        (V100, "6.1.0-30-amd64", True, {}, "peermem", False),
+        (H100, "6.1.0-30-amd64", False, {"nvidia_driver_peermem": "present"}, "peermem", False),
+        (H100, "5.10.0-8-amd64", True, {"nvidia_driver_peermem": "absent"}, "", False),
+    ],
+)
+def test_how_adapters_reach_gpu_memory(tmp_path, machine, kernel, peer_memory, variables, path, advised):
+    findings = found(tmp_path, machine, nics=INFINIBAND)
+    findings["kernel"] = kernel
+    findings["hardware"]["driver"]["peer_memory"] = peer_memory
+    _line, decision, problems = decide(findings, **variables)
+    settings = decision["driver"]["settings"]
+    assert problems == [] and decision["driver"]["gpudirect"] == path
+    assert settings["modules"] == (["nvidia-peermem"] if path == "peermem" else [])
+    assert ("/etc/modules-load.d/onprem-torch-peermem.conf" in settings["files"]) is (path == "peermem")
+    assert any("DOCA-OFED" in line for line in decision["advice"]) is advised
+
+
+def test_without_rdma_adapters_nothing_reaches_into_gpu_memory(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, H100))
+    assert decision["driver"]["gpudirect"] == "" and not any("GPUDirect" in line for line in decision["advice"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "word"),
+    [
+        ({}, {}, "once"),
+        ({}, {"nvidia_driver_reboot": False}, "by hand, since nvidia_driver_reboot is false"),
+        ({"control_node": True}, {}, "by hand, since this is the machine that Ansible runs on, which is never rebooted"),
+    ],
+)
+def test_who_reboots(tmp_path, changes, variables, word):
+    findings = {**found(tmp_path, {**L40S, "driver": "535.54.03"}), **changes}
+    _line, decision, _problems = decide(findings, **variables)
+    assert decision["driver"]["reboot_expected"] and decision["driver"]["reboot"] == word
+
+
+def test_the_other_kind_of_kernel_modules_means_a_reboot(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "580.105.08", "open_modules": False})
+    assert decide(findings)[1]["driver"]["reboot_expected"]
+    assert not decide(findings, nvidia_driver_kernel_modules="proprietary")[1]["driver"]["reboot_expected"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "key_url"),
+    [
+        ({"cluster_mirror": "http://m/x/"}, "http://m/x/nvidia/debian12/x86_64/", "http://m/x/nvidia/debian12/x86_64/3bf863cc.pub"),
+        ({"cluster_mirror": "/srv/m"}, "file:///srv/m/nvidia/debian12/x86_64/", "file:///srv/m/nvidia/debian12/x86_64/3bf863cc.pub"),
+        ({"cluster_mirror": "/srv/m", "cuda_repository_url": "http://own"}, "http://own/", "http://own/3bf863cc.pub"),
+        ({"cuda_repository_url": "http://own/", "cuda_repository_key_url": "http://k/key.asc"}, "http://own/", "http://k/key.asc"),
+    ],
+)
+def test_where_packages_come_from(tmp_path, variables, url, key_url):
+    _line, decision, problems = decide(found(tmp_path, H100), **variables)
+    source = decision["driver"]["settings"]["repository"]
+    assert problems == [] and (source["url"], source["key_url"]) == (url, key_url)
+    assert source["key_fingerprint"] == "EB693B3035CD5710E231E123A4B469963BF863CC"
+
+
+def test_a_mirror_that_is_no_place_is_named(tmp_path):
+    _line, _decision, problems = decide(found(tmp_path, H100), cluster_mirror="mirror")
+    assert len(problems) == 1 and "cluster_mirror is 'mirror'" in problems[0]
+
+
+def test_no_room_for_the_toolkit_is_named_before_anything_changes(tmp_path):
+    findings = found(tmp_path, H100)
+    findings["disk"].update({"/usr/local": 3 * 1024**3, "/var/cache/apt": 50 * 1024**3})
+    _line, _decision, problems = decide(findings, cuda_toolkit=True)
+    assert problems == [
+        "n1: /usr/local has 3.0 GiB free, but 7 GiB are needed for the CUDA toolkit; "
+        "free some space, or set cuda_toolkit: false (training needs no toolkit)."
+    ]
+    findings["packages"] = {"cuda-toolkit-13-0": {"version": "13.0.2-1", "want": "hold", "flag": "ok", "state": "installed"}}
+    findings["own_pins"] = ["cuda-toolkit-13-0"]
+    assert decide(findings, cuda_toolkit=True)[2] == []
+
+
+@pytest.mark.parametrize(
+    ("own", "want", "version", "count"),
+    [
+        ([], "hold", "580.65.06-1", 1),
+        (["nvidia-driver*"], "hold", "580.65.06-1", 0),
+        ([], "install", "580.65.06-1", 0),
+        ([], "hold", "580.105.08-1", 0),
+    ],
+)
+def test_what_somebody_else_holds_is_named_before_anything_changes(tmp_path, own, want, version, count):
+    findings = found(tmp_path, H100)
+    findings["packages"] = {"nvidia-driver-cuda": {"version": version, "want": want, "flag": "ok", "state": "installed"}}
+    findings["own_pins"] = own
+    problems = decide(findings)[2]
+    assert len(problems) == count
+    if count:
+        assert problems == [
+            "n1: nvidia-driver-cuda is held at 580.65.06-1 by somebody else, but 580.105.08-* is wanted; release it on the node "
+            "(apt-mark unhold nvidia-driver-cuda), or set nvidia_driver_version to the version that it is held at."
+        ]
+
+
+def test_what_an_interruption_left_is_told_and_no_problem(tmp_path):
+    findings = found(tmp_path, H100)
+    findings["packages"] = {"nvidia-driver-cuda": {"version": "580.105.08-1", "want": "install", "flag": "ok", "state": "half-configured"}}
+    _line, decision, problems = decide(findings)
+    assert problems == [] and "nvidia-driver-cuda half done" in decision["advice"][-1]
+
+
+def existing(tmp_path, cuda, **changes):
+    findings = found(tmp_path, {**L40S, "driver": "570.86.15"})
+    findings.update(torch={"/env": "2.9.0"}, torch_builds={"/env": {"cuda": cuda, "nccl": ""}}, **changes)
+    return decide(findings, pytorch_source="existing", pytorch_environment="/env", nvidia_driver_manage=False)
+
+
+def test_an_existing_environment_decides_the_line(tmp_path):
+    line, _decision, problems = existing(tmp_path, "12.8")
+    assert problems == [] and line["name"] == "12.8"
+
+
+@pytest.mark.parametrize(("cuda", "words"), [("13.0", "driver"), ("", "build for CPUs")])
+def test_an_existing_environment_that_cannot_work_is_named(tmp_path, cuda, words):
+    problems = existing(tmp_path, cuda)[2]
+    assert problems and all("n1: " in problem for problem in problems)
+    assert any(words in problem for problem in problems)
+
+
+def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):
+    limits, logind, shm = "/etc/security/limits.d/onprem-torch.conf", "/etc/systemd/logind.conf.d/onprem-torch.conf", "onprem-torch-shm.service"
+    settings = decide(found(tmp_path / "a", H100))[1]["nccl"]["settings"]
+    assert "memlock unlimited" in settings["files"][limits] and "RemoveIPC=no" in settings["files"][logind] and settings["services"] == []
+    settings = decide(found(tmp_path / "b", H100), nccl_limits=False, nccl_shm_gib=64)[1]["nccl"]["settings"]
+    assert limits not in settings["files"] and "size=64g" in settings["files"][f"/etc/systemd/system/{shm}"] and settings["services"] == [shm]
+    assert not decide(found(tmp_path / "c", {}))[1]["nccl"]["wanted"]
+
+
+@pytest.mark.parametrize(
+    ("version", "distribution", "name"),
+    [("580.105.08", DEBIAN, "nvidia-fabricmanager"), ("575.57.08", NOBLE, "nvidia-fabricmanager-575"), ("590.44.01", NOBLE, "nvidia-fabricmanager")],
+)
+def test_the_fabric_manager_has_the_name_and_version_of_its_driver(tmp_path, version, distribution, name):
+    _line, decision, problems = decide(found(tmp_path, H100, distribution), nvidia_driver_version=version, cuda_version="12.9")
+    assert problems == [] and {"name": name, "version": f"{version}-*"} in decision["driver"]["settings"]["packages"]
+
+
+@pytest.mark.parametrize("distribution", [DEBIAN, TRIXIE, JAMMY, NOBLE], ids=lambda entry: entry["version"])
+@pytest.mark.parametrize("machine", trees.MACHINES)
+def test_every_known_machine_on_every_distribution_has_a_plan(tmp_path, machine, distribution):
+    line, decision, problems = decide(found(tmp_path, trees.MACHINES[machine], distribution), nccl_library=True)
+    assert problems == []
+    gpus = trees.MACHINES[machine].get("gpus", 0)
+    assert line["name"] == ("13.0" if gpus else "cpu")
+    assert decision["driver"]["wanted"] is decision["nccl"]["wanted"] is bool(gpus)
+    if gpus:
+        switched = bool(trees.MACHINES[machine].get("switches") or trees.MACHINES[machine].get("bridges"))
+        assert any("fabricmanager" in name for name in names(decision)) is switched
+        assert ("nvlsm" in names(decision)) is bool(trees.MACHINES[machine].get("bridges"))

@@ -62,3 +62,14 @@ def test_a_drop_below_the_baseline_fails_though_the_hardware_figure_passes():
     before = baseline.of([100.0] * 5)
     assert verdict.answer("wire", 94.9, KNOWN, before)["status"] == "fail"
     assert verdict.answer("wire", 95.1, KNOWN, before)["status"] == "pass"
+
+
+def test_a_drop_below_the_baseline_only_warns_where_the_hardware_is_unknown():
+    before = baseline.of([100.0] * 5)
+    assert verdict.answer("wire", 94.9, UNKNOWN, before)["status"] == "warn"
+    assert verdict.answer("wire", 95.1, UNKNOWN, before)["status"] == "pass"
+
+
+def test_a_figure_that_was_judged_counts_more_than_one_that_could_not_be():
+    demanded = verdict.answer("application", 6.0, UNKNOWN, NEW, minimum=5.0)
+    assert verdict.overall([demanded, verdict.answer("wire", 5.0, UNKNOWN, NEW)], [], []) == "pass"

@@ -180,7 +180,7 @@ def nvlink_minimum(ranks: t.Sequence[dict[str, t.Any]], nvlink: dict[str, t.Any]
     if not nvlink or not links:
         return None
     capability = min(gpu["capability"] for gpu in gpus)
-    each = next((value for level, value in nvlink["speeds"] if capability >= level), 0.0)
+    each = next((value for first, last, value in nvlink["speeds"] if first <= capability <= last), 0.0)
     return links * each * nvlink["floor"] or None
 
 
@@ -287,15 +287,23 @@ class Bench:
                 "name": properties.name,
                 "capability": properties.major * 10 + properties.minor,
                 "memory": properties.total_memory,
+                "pci": f"{getattr(properties, 'pci_domain_id', 0):04x}:{getattr(properties, 'pci_bus_id', 0):02x}:00",
                 **nvml_facts(f"GPU-{properties.uuid}"),
             }
         return found
 
     def gather(self, value: t.Any) -> list[t.Any]:
-        """Return every rank's value, by rank."""
-        values: list[t.Any] = [None] * self.world
-        self.dist.all_gather_object(values, value)
-        return values
+        """Return every rank's value (plain data), by rank. torch's all_gather_object needs numpy, which may not be there."""
+        torch = self.torch
+        data = json.dumps(value).encode()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _rank in range(self.world)]
+        self.dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device=self.device))
+        counts = [int(length.item()) for length in lengths]
+        padded = torch.zeros(max(counts), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        texts = [torch.zeros(max(counts), dtype=torch.uint8, device=self.device) for _rank in range(self.world)]
+        self.dist.all_gather(texts, padded.to(self.device))
+        return [json.loads(bytes(text[:count].tolist())) for text, count in zip(texts, counts)]
 
     def sync(self) -> None:
         """Wait for the GPU."""
@@ -695,7 +703,7 @@ def table(result: dict[str, t.Any]) -> list[str]:
     for name in ("inside", "wire"):
         for entry in result[name]:
             lines.append(f"# {name}, node {entry['node']}: {entry['gbytes_per_second']:.3f} GB/s")
-    for entry in (result["pairs"] or {}).get("pairs", []):
+    for entry in [*(result["pairs"] or {}).get("pairs", []), *(result["inside_pairs"] or {}).get("pairs", [])]:
         lines.append(f"# {entry['source']} -> {entry['target']}: {entry['gbytes_per_second']:.3f} GB/s")
     lines.append(f"# wrong elements in {result['correctness']['repeats']} repetitions: {result['correctness']['nwrong']}")
     return lines

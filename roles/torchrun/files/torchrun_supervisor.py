@@ -25,13 +25,14 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     job, host, rank, nnodes, release, pid, written
     state           of the whole job as this node knows it: waiting, running, stopping, done, stopped, failed
     text            the same as one sentence for people, e.g. "waiting for lab3: /dev/shm has 12 MiB free, ..."
-    since           when this state began
+    since           when this state, or this generation, began
     node            this node's part: {phase: idle | running | stopping, generation, problems: [{check, text}],
                     connected: whether rank 0's supervisor is heard}
     generation      the generation running now, or the last one
     restarts        generations ended early since this supervisor's first start (all reasons)
     restarts_left, max_restarts     the budget: failures without progress that are still forgiven
     checkpoint      newest file that matched the glob on this node: {path, time} or null
+    checkpoint_hosts    hosts on which a checkpoint has been seen, whether they are still there or not
     last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
     first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
                     signal, error, out of memory, hang, lost, shutdown), error, exit_code, signal, generation, time,
@@ -221,6 +222,7 @@ class Coordinator:
         self.first_cause: Optional[JSON] = None
         self.history: list[JSON] = []
         self.stopped_by: Optional[str] = None
+        self.checkpoint_hosts: list[str] = []   # never shrinks: who looks for a lost node's checkpoints asks this
         if unacknowledged is not None:          # done before; some nodes have not been told
             self.phase = "done"
             for seat in self.seats:
@@ -247,6 +249,8 @@ class Coordinator:
         seat.heard, seat.report, seat.host = now, report, report["host"][:255]
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
+        if report["checkpoint"] and seat.host not in self.checkpoint_hosts:
+            self.checkpoint_hosts = sorted([*self.checkpoint_hosts, str(seat.host)])
         last = report.get("exit") or {}
         if last.get("generation") == self.generation and last.get("code") == 0:
             seat.finished = self.generation
@@ -355,7 +359,8 @@ class Coordinator:
     def view(self) -> JSON:
         """What every node is told about the job."""
         return {"state": self.phase, "text": self.text(), "generation": self.generation, "restarts": self.restarts,
-                "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by}
+                "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
+                "checkpoint_hosts": self.checkpoint_hosts}
 
     # -- inside
 
@@ -1228,7 +1233,7 @@ def smi(query: str) -> list[list[str]]:
 
 def check_gpus(wanted: int, visible: Optional[str]) -> list[str]:
     """Missing GPUs, and processes that hold one of those this job uses."""
-    found = len(glob.glob("/proc/driver/nvidia/gpus/*"))
+    found = len(glob.glob("/proc/driver/nvidia/gpus/*") or glob.glob("/dev/nvidia[0-9]*"))     # a container may lack the first
     if found < wanted:
         return [f"{found} GPU(s) answer, {wanted} expected"]
     if not wanted:
@@ -1329,7 +1334,8 @@ class Supervisor:
         self.member = Member(options.host, options.nnodes, options.release, limits, generation)
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
-                           "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None}
+                           "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
+                           "checkpoint_hosts": old.get("checkpoint_hosts") or []}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
             done = read_json(self.done_file)
@@ -1338,6 +1344,7 @@ class Supervisor:
                                            time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = kept.get("history") or []
+            self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
         self.listener: Optional[socket.socket] = None
@@ -1720,9 +1727,18 @@ class Supervisor:
         except OSError as error:
             say(f"cannot write {self.done_file}: {error.strerror}; the job would train again after a reboot")
 
+    def date_causes(self) -> None:
+        """Give a lost node's cause the time at which it was last heard; the coordinator knows no calendar."""
+        assert self.coordinator
+        for cause in self.coordinator.history[-2:]:
+            if cause.get("time") is None:
+                heard = cause.pop("at", None)
+                cause["time"] = time.time() - (time.monotonic() - heard if heard else 0.0)
+
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
         if self.coordinator:
+            self.date_causes()
             self.view = self.coordinator.view()
         view, member, options = dict(self.view), self.member, self.options
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
@@ -1732,7 +1748,8 @@ class Supervisor:
             view.update(state=member.result, stopped_by=by, text=f"{member.result} as requested on {by}")
         elif (member.stop_at is not None or member.leaving) and view["state"] not in FINAL:
             view.update(state="stopping", text=f"{options.host} is shutting down" if member.leaving else view["text"])
-        if view["state"] != self.written.get("state"):
+        began = (view["state"], max(int(view["generation"]), member.generation))
+        if began != (self.written.get("state"), self.written.get("generation")):
             self.since = time.time()
         state: JSON = {
             "version": 1, "job": options.job, "host": options.host, "rank": self.rank, "nnodes": options.nnodes,
@@ -1742,7 +1759,7 @@ class Supervisor:
             "checkpoint": self.watch.newest if self.watch else None, "last_exit": self.last_exit,
             "result": member.result, **view,
         }
-        state["generation"] = max(int(view["generation"]), member.generation)
+        state["generation"] = began[1]
         if self.coordinator:
             state["history"] = self.coordinator.history
             state["members"] = {str(seat.rank): {

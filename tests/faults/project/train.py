@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 PAUSE = float(os.environ.get("TRAIN_PAUSE", "0.05"))     # a step's computing
+COMPUTE = int(os.environ.get("TRAIN_COMPUTE", "0"))     # products of matrices in a step, and their size
+SIDE = int(os.environ.get("TRAIN_SIDE", "1"))
 EVERY, SAY, KEEP = (10, 2, 3) if PAUSE else (1000, 100, 3)
 
 
@@ -52,12 +54,17 @@ def main():
     signal.signal(signal.SIGUSR1, fail)
     folder = pathlib.Path(os.environ["TORCHRUN_CHECKPOINT_DIR"])
     target = pathlib.Path(sys.argv[1])
-    dist.init_process_group("gloo")
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    weights = torch.rand(SIDE, SIDE, device=device) / SIDE
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = load(folder)
-    have = torch.zeros(KEEP, dtype=torch.int64)
+    have = torch.zeros(KEEP, dtype=torch.int64, device=device)
     newest = sorted(mine)[-KEEP:]
-    have[:len(newest)] = torch.tensor(newest, dtype=torch.int64)
+    have[:len(newest)] = torch.tensor(newest, dtype=torch.int64, device=device)
     everyone = [torch.zeros_like(have) for _rank in range(world)]
     dist.all_gather(everyone, have)
     common = set.intersection(*(set(steps.tolist()) for steps in everyone)) - {0}
@@ -66,11 +73,13 @@ def main():
     print(f"resumes from step {step} world {world}", flush=True)
     while True:
         # The target may be changed while the job runs; all ranks must see the same one.
-        votes = torch.tensor([len(stopping), int(target.read_text()) if rank == 0 else 0])
+        votes = torch.tensor([len(stopping), int(target.read_text()) if rank == 0 else 0], device=device)
         dist.all_reduce(votes)
         if step >= int(votes[1]):
             break
-        part = torch.tensor([(rank + 1) * (step + 1)])
+        part = torch.tensor([(rank + 1) * (step + 1)], device=device)
+        for _product in range(COMPUTE):
+            torch.mm(weights, weights)
         dist.all_reduce(part)
         step, state = step + 1, state + int(part)
         if PAUSE:

@@ -1,0 +1,65 @@
+# Copyright: Contributors to the onprem.torch project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whether the running kernel has the driver that is installed, or needs a reboot for it."""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
+
+
+class Kernel(t.NamedTuple):
+    """What a kernel runs.
+
+    Attributes:
+        container: the node is a container, whose kernel is its host's; its own packages change nothing in it.
+        version: version of the module, empty where it is not loaded.
+        is_open: whether the open modules are loaded; None where nothing tells.
+        nouveau: whether nouveau is loaded.
+    """
+
+    container: bool
+    version: str
+    is_open: t.Optional[bool]
+    nouveau: bool
+
+
+def kernel(name: str, root: str = "/") -> Kernel:
+    """Return what the kernel runs of a module."""
+    text = read_text(os.path.join(root, "proc/driver", name, "version"))
+    return Kernel(
+        any(os.path.exists(os.path.join(root, path)) for path in ("run/systemd/container", "run/host/container-manager")),
+        read_text(os.path.join(root, "sys/module", name, "version")).strip(),
+        "Open Kernel Module" in text if text else None,
+        os.path.isdir(os.path.join(root, "sys/module/nouveau")),
+    )
+
+
+def asking(root: str = "/") -> list[str]:
+    """Return the packages that ask for a reboot, in the file that Debian's and Ubuntu's packages write for that."""
+    return sorted(set(read_text(os.path.join(root, "run/reboot-required.pkgs")).split()))
+
+
+def reboot_reason(name: str, version: str, flavour: str, found: Kernel, asked: t.Sequence[str]) -> str:
+    """Return why a reboot is needed, as part of a sentence; empty where none is, or where loading the module may do.
+
+    Args:
+        name: kernel module.
+        version: the version that is installed.
+        flavour: C(open), C(proprietary), or empty for any.
+        found: what the kernel runs.
+        asked: packages of the set that ask for a reboot. Where the kernel itself can tell, it is believed instead.
+    """
+    if found.container:
+        return f"{', '.join(asked)} asked for it" if asked else ""
+    if not found.version:
+        return "the kernel runs nouveau" if found.nouveau else ""
+    if found.version != version:
+        return f"the kernel runs {name} {found.version}, but {version} is installed"
+    if flavour and found.is_open is not None and found.is_open is not (flavour == "open"):
+        running = "open" if found.is_open else "proprietary"
+        return f"the kernel runs the {running} modules of {name}, but the {flavour} ones are installed"
+    return ""

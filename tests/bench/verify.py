@@ -1,0 +1,90 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How often the verification names a slow node, or a slow link, that lies at a random place, and whether it accuses others.
+
+usage: tests/bench/verify.py [PLACEMENTS] [NODES] [SEED]    (as root; 20 placements each on 8 nodes; 0 measures healthy nodes once)
+"""
+from __future__ import annotations
+
+import pathlib
+import random
+import shutil
+import statistics
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "verify"))
+from lab import Lab, Verification
+
+
+def inventory(count):
+    """The tests' inventory with any number of nodes."""
+    folder = ROOT / "build" / "bench-verify"
+    (folder / "group_vars").mkdir(parents=True, exist_ok=True)
+    for name in ("all.yml", "train.yml"):
+        shutil.copy(ROOT / "tests/verify/inventory/group_vars" / name, folder / "group_vars" / name)
+    hosts = "".join(f"    verify{number + 1}:\n      ansible_host: 198.18.40.{number + 11}\n" for number in range(count))
+    (folder / "hosts.yml").write_text(f"---\ntrain:\n  vars:\n    torchrun_source: {ROOT}/examples\n  hosts:\n{hosts}")
+    return folder
+
+
+def spent(found):
+    seconds = found.report.get("seconds", {})
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value)
+    tournament = found.report.get("tournament", {})
+    return f"{found.seconds:.1f} s ({parts}), {tournament.get('rounds')} rounds, {tournament.get('confirmed')} pairs again"
+
+
+def judge(found, wanted):
+    """Whether exactly what was planted was named, and whether anything else was."""
+    named = {(kind, frozenset({host, peer} - {None})) for kind, host, peer in found.culprits}
+    return wanted in named, bool(named - {wanted})
+
+
+def placements(lab, count, dice):
+    """Plant a fault at a random place, verify, heal; print and count."""
+    names = [node.name for node in lab.nodes]
+    for kind in ("node", "link"):
+        hits, false, times = 0, 0, []
+        for turn in range(count):
+            one, other = dice.sample(lab.nodes, 2)
+            rate = f"{dice.choice((20, 40, 80))}mbit"
+            if kind == "node":
+                one.limit(rate)
+                wanted = ("node", frozenset({one.name}))
+            else:
+                one.limit_to(other, rate)
+                other.limit_to(one, rate)
+                wanted = ("link", frozenset({one.name, other.name}))
+            try:
+                found = Verification(lab, "-e", "nccl_verify_pairwise=always")
+            finally:
+                one.heal()
+                other.heal()
+            hit, accused = judge(found, wanted)
+            hits, false, times = hits + hit, false + accused, [*times, found.seconds]
+            print(f"{kind} {turn + 1:2}: {' - '.join(sorted(wanted[1], key=names.index))} at {rate}: {'named' if hit else 'MISSED'}"
+                  f"{', OTHERS ACCUSED: ' + str(found.culprits) if accused else ''}; {spent(found)}", flush=True)
+        if count:
+            print(f"slow {kind}: {hits} of {count} named, {false} of {count} with a false accusation, "
+                  f"{statistics.median(times):.1f} s in the median", flush=True)
+
+
+def main(count: int, nodes: int, seed: int) -> int:
+    lab = Lab(inventory(nodes))
+    try:
+        lab.power_on()
+        lab.heal()
+        lab.playbook("provision")
+        for pairwise in ("never", "always"):
+            found = Verification(lab, "-e", f"nccl_verify_pairwise={pairwise}")
+            print(f"healthy, pairs {pairwise}: {found.report.get('verdict')}, culprits {found.culprits}; {spent(found)}", flush=True)
+        placements(lab, count, random.Random(seed))
+    finally:
+        lab.close()
+    return 0
+
+
+if __name__ == "__main__":
+    numbers = [int(word) for word in sys.argv[1:]]
+    sys.exit(main(*(numbers + [20, 8, 1][len(numbers):])))

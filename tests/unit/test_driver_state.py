@@ -1,0 +1,41 @@
+"""When a reboot is needed."""
+
+from __future__ import annotations
+
+import hardware_trees as trees
+import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import driver_state
+from ansible_collections.onprem.torch.plugins.module_utils.driver_state import Kernel
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "reason"),
+    [
+        (Kernel(False, "580.105.08", True, False), [], ""),
+        (Kernel(False, "580.105.08", True, False), ["nvidia-kernel-open-dkms"], ""),  # it runs already
+        (Kernel(False, "", None, False), [], ""),  # loading it may do
+        (Kernel(False, "", None, True), [], "the kernel runs nouveau"),
+        (Kernel(False, "570.86.15", True, False), [], "the kernel runs nvidia 570.86.15, but 580.105.08 is installed"),
+        (Kernel(False, "580.105.08", False, False), [], "the kernel runs the proprietary modules of nvidia, but the open ones are installed"),
+        (Kernel(False, "580.105.08", None, False), [], ""),
+        (Kernel(True, "570.86.15", True, True), [], ""),  # a container has its host's kernel
+        (Kernel(True, "", None, False), ["a", "b"], "a, b asked for it"),
+    ],
+)
+def test_a_reboot_is_needed_where_the_kernel_says_so(found, asked, reason):
+    assert driver_state.reboot_reason("nvidia", "580.105.08", "open", found, asked) == reason
+
+
+def test_the_kernel_is_read_from_its_files(tmp_path):
+    assert driver_state.kernel("nvidia", str(tmp_path)) == Kernel(False, "", None, False)
+    trees.machine(tmp_path, gpus=1, driver="580.105.08", open_modules=False)
+    trees.put(tmp_path, "sys/module/nvidia/version", "580.105.08\n")
+    trees.put(tmp_path, "sys/module/nouveau/refcnt", "0")
+    trees.put(tmp_path, "run/systemd/container", "systemd-nspawn")
+    assert driver_state.kernel("nvidia", str(tmp_path)) == Kernel(True, "580.105.08", False, True)
+
+
+def test_packages_that_ask_for_a_reboot(tmp_path):
+    assert driver_state.asking(str(tmp_path)) == []
+    trees.put(tmp_path, "run/reboot-required.pkgs", "linux-base\nnvidia-kernel-open-dkms\nlinux-base\n")
+    assert driver_state.asking(str(tmp_path)) == ["linux-base", "nvidia-kernel-open-dkms"]

@@ -1,0 +1,68 @@
+"""Wheels are downloaded by pip as they were asked for; a wheel with another hash than the lock's is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+
+import pytest
+from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
+
+PLATFORM = {"architecture": "x86_64", "glibc": "2.36", "python": "3.11.2"}
+
+
+def wheel(index, name, version):
+    """Put an empty wheel into a package index that lies in a folder, and return its hash."""
+    folder = index / "simple" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    record = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{record}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{record}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{record}/RECORD", "")
+    links = "".join(f'<a href="{entry.name}">{entry.name}</a>' for entry in sorted(folder.glob("*.whl")))
+    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    for name in ("PIP_CONFIG_FILE", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    place = tmp_path / "index"
+    for name, version in (("uv", "1.0"), ("onpremexample", "1.0"), ("onpremexample", "2.0")):
+        wheel(place, name, version)
+    return place
+
+
+def wanted(index, *requirements, **changes):
+    return wheelhouse.Wanted(requirements, PLATFORM, f"file://{index}/simple", **changes)
+
+
+def test_the_newest_that_the_constraints_allow_is_downloaded_once(index, tmp_path):
+    root = str(tmp_path / "house")
+    _folder, wheels = wheelhouse.provide(root, wanted(index, "onpremexample"))
+    assert sorted(wheels) == ["onpremexample-2.0-py3-none-any.whl", "uv-1.0-py3-none-any.whl"]
+    limited = wanted(index, "onpremexample", constraints=("onpremexample<2",))
+    folder, wheels = wheelhouse.provide(root, limited)
+    assert "onpremexample-1.0-py3-none-any.whl" in wheels
+    (index / "simple/onpremexample/index.html").unlink()
+    assert wheelhouse.provide(root, limited) == (folder, wheels), "it is there already"
+
+
+def test_a_lock_decides_and_another_hash_is_refused(index, tmp_path):
+    digest = hashlib.sha256((index / "simple/onpremexample/onpremexample-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    root = str(tmp_path / "house")
+    good = wanted(index, "onpremexample", lock=f"onpremexample==1.0 --hash=sha256:{digest}\n")
+    assert "onpremexample-1.0-py3-none-any.whl" in wheelhouse.provide(root, good)[1]
+    bad = wanted(index, "onpremexample", lock=f"onpremexample==1.0 --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(wheelhouse.WheelhouseError, match="onpremexample.* has another hash than pytorch_lock says, so nothing was installed"):
+        wheelhouse.provide(root, bad)
+    assert not [path for path in (tmp_path / "house").iterdir() if path.is_dir() and path.name == wheelhouse.key(bad)]
+
+
+def test_what_is_not_there_is_named_with_the_variables_to_correct(index, tmp_path):
+    with pytest.raises(wheelhouse.WheelhouseError, match="nothere==9.*correct pytorch_version"):
+        wheelhouse.provide(str(tmp_path / "house"), wanted(index, "nothere==9"))
