@@ -61,7 +61,7 @@ class ActionModule(ActionBase):
 
     def _questions(self, name: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Return the module's arguments from the host's variables; values that cannot be read are the plan's to name."""
-        reader = catalog.Reader(catalog.load(self._loader, ("pytorch", "torchrun")), self._templar, task_vars["hostvars"])
+        reader = catalog.Reader(catalog.load(self._loader, ("cuda", "pytorch", "torchrun")), self._templar, task_vars["hostvars"])
         variables = reader.host(name)[0].variables
         source = str(variables.get("torchrun_source") or "")
         remote = [source[len("remote:") :]] if source.startswith("remote:") else []
