@@ -6,9 +6,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
 MINUTES ?= 10
 
-.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu
+.PHONY: help setup lab train test test-open lint unit sanity nodes bench soak docs build clean bundle gpu
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## Make the Python environment in .venv
 	@tools/setup.sh
@@ -19,8 +19,11 @@ lab: setup ## Boot two systemd nodes on this machine
 train: lab ## Boot the lab and train a model on it
 	ansible-playbook train.yml -i inventories/lab
 
-test: setup ## Run every check
+test: setup ## Run the checks
 	@tools/test.sh
+
+test-open: setup ## Run the checks that are not yet seen to pass as a whole
+	@tools/test.sh sanity newest nvidia molecule-firewall faults verify
 
 lint: setup ## ansible-lint, production profile
 	ansible-lint --offline

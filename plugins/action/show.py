@@ -32,7 +32,7 @@ class ActionModule(ActionBase):
                 "view": {"type": "str", "choices": ["plan", "status", "why"], "required": True},
                 "plan": {"type": "dict", "required": True},
                 "variable": {"type": "str", "default": "__torchrun_info"},
-                "firewall_variable": {"type": "str", "default": "__firewall_intact"},
+                "firewall_variable": {"type": "str", "default": "__firewall_status"},
                 "format": {"type": "str", "choices": ["text", "json"], "default": "text"},
             }
         )
@@ -47,7 +47,7 @@ class ActionModule(ActionBase):
                 for host in plan["order"]
             }
             for host, info in infos.items():
-                info["firewall"] = hostvars.raw_get(host).get(arguments["firewall_variable"]) or None
+                info["firewall"] = job_state.firewall(hostvars.raw_get(host).get(arguments["firewall_variable"]) or {})
             name = plan["job"]["name"]
             if arguments["view"] == "status":
                 data = {"job": name, "time": time.time(), "nodes": infos}

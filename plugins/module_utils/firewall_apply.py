@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import time
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import OUR_SET
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job
 
 
@@ -46,19 +50,26 @@ def gather(node: Node) -> plan.Facts:
         files.UNIT_FILE,
         files.DROP_IN,
         files.SYSCTL_FILE,
+        firewalld.POLICY_FILE,
+        *(path for path in node.listing(firewalld.IPSETS_DIR) if OUR_SET.fullmatch(os.path.basename(path)[: -len(".xml")])),
     ]
     present = {path: text for path in paths for text in [node.read(path)] if text is not None}
+    firewalld_active = units.get("firewalld.service", {}).get("ActiveState") in ("active", "reloading", "activating")
     ufw_conf = node.read("/etc/ufw/ufw.conf") or ""
+    ufw_enabled = "ufw" in programs and any(line.strip().lower() == "enabled=yes" for line in ufw_conf.splitlines())
     return plan.Facts(
         programs=programs,
         ruleset=node.ruleset() if "nft" in programs else (),
-        firewalld_active=units.get("firewalld.service", {}).get("ActiveState") in ("active", "reloading", "activating"),
-        ufw_enabled="ufw" in programs and any(line.strip().lower() == "enabled=yes" for line in ufw_conf.splitlines()),
+        firewalld_active=firewalld_active,
+        ufw_enabled=ufw_enabled,
         legacy=node.legacy_iptables_drops(),
         management_ports=tuple(node.management_ports()),
         kernel_range=node.kernel_range(),
         present=present,
+        shared={path: text for path in ufw.RULES_FILES.values() for text in [node.read(path)] if text is not None},
         enabled=os.path.islink(files.UNIT_LINK),
+        firewalld=node.firewalld() if firewalld_active else firewalld.Live(),
+        ufw=node.ufw(ufw_enabled),
     )
 
 
@@ -74,14 +85,14 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
             try:
                 jobs[name] = load(text)
             except ValueError as error:
-                problems.append(f"{path} cannot be read ({error}): remove it and run the role for that job again.")
+                problems.append(f"{path} cannot be read ({error}); remove it and run the role for that job again.")
     if request.state == "absent":
         if request.job is None:
             return []
     elif request.state == "present":
         if request.interface and not node.has_interface(request.interface):
             known = ", ".join(name for name in node.interfaces() if name != "lo")
-            problems.append(f"cluster_interface is {request.interface}, which this node does not have: choose one of {known}.")
+            problems.append(f"cluster_interface is {request.interface}, which this node does not have; choose one of {known}.")
         if problems:
             raise SpecError(problems)
         before = plan.range_before(facts)
@@ -115,6 +126,8 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
         wanted = plan.target(request.backend, jobs, facts)
         changes = plan.file_changes(wanted, facts)
         differences = plan.live_differences(wanted, facts)
+        if request.state == "verified" and request.job and request.job not in [job.job for job in jobs]:
+            differences.append(f"The node holds no firewall rules of the job {request.job}.")
         result: dict[str, Any] = {
             "backend": wanted.backend,
             "protected": wanted.guard is not None,
@@ -122,7 +135,7 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
             "jobs": [job.job for job in jobs],
             "differences": [_sentence(path, *texts) for path, texts in changes.items()] + differences,
             "in_sync": not changes and not differences,
-            "missing_packages": [plan.PACKAGES["nft"]] if wanted.unit and "nft" not in facts.programs else [],
+            "missing_packages": plan.missing_packages(wanted, facts),
             "pending": False,
         }
         result["changed"] = not result["in_sync"] and request.state != "verified"
@@ -151,7 +164,8 @@ def confirm(node: Node) -> dict[str, Any]:
 
 def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], rollback_after: int) -> None:
     """Make the change, after the timer that would put it back has been started. A failure puts it back at once."""
-    _snapshot(node, wanted, facts, changes)
+    lost = node.lost_by_reload() if facts.firewalld_active else []
+    _snapshot(node, wanted, facts, changes, lost)
     node.command(
         [
             "systemd-run",
@@ -170,7 +184,7 @@ def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping
             if after is None and path != files.UNIT_FILE:
                 node.remove(path)
             elif after is not None:
-                node.write(path, after, wanted.files[path][1])
+                node.write(path, after, wanted.files[path][1] if path in wanted.files else 0o640)
         text = plan.transaction(wanted, facts)
         if text and "nft" in facts.programs:
             node.command(["nft", "-f", "-"], data=text)
@@ -178,10 +192,43 @@ def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping
         if new_range:
             node.set_kernel_range(*new_range)
         _unit(node, wanted, facts, changes)
+        _ufw(node, wanted, facts)
+        _firewalld(node, wanted, facts, lost)
     except (NodeError, OSError) as error:
         node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
         node.command(["/bin/sh", f"{files.ROLLBACK_DIR}/rollback.sh"], check=False)
         raise NodeError(f"The firewall was put back as it was, because the change failed: {error}") from error
+
+
+def _ufw(node: Node, wanted: plan.Target, facts: plan.Facts) -> None:
+    """The sets, and the rules in ufw's chains; chains that are gone although ufw is enabled come back first."""
+    if not (facts.ufw.rules or facts.ufw.sets or wanted.backend == "ufw"):
+        return
+    node.command(["sh", f"{files.ROLLBACK_DIR}/restore"])
+    if ufw.flushed(facts.ufw):
+        node.command(["ufw", "reload"])
+
+
+def _firewalld(node: Node, wanted: plan.Target, facts: plan.Facts, lost: Sequence[Sequence[str]]) -> None:
+    """firewalld's sets and policy. A reload, which new sets need, keeps connections; what it forgets is brought back."""
+    if not facts.firewalld_active:
+        return
+    accepts = wanted.accepts if wanted.backend == "firewalld" else []
+    if plan.flushed(facts):
+        # Older releases end a reload with an error where they do not find the table that they want to replace.
+        node.command(["nft", "add", "table", *firewalld.TABLE])
+    if plan.flushed(facts) or firewalld.needs_reload(facts.firewalld, accepts):
+        node.command(["firewall-cmd", "--reload"])
+        for command in lost:
+            node.command(command)
+        return
+    for name, entries in firewalld.changed_sets(facts.firewalld, accepts).items():
+        node.bus(".ipset", "setEntries", "sas", name, str(len(entries)), *entries)
+    if firewalld.differences(node.firewalld(), accepts, node.ruleset()):
+        # What firewalld believes is right, what the kernel holds is not: somebody has flushed it.
+        node.command(["firewall-cmd", "--reload"])
+        for command in lost:
+            node.command(command)
 
 
 def _unit(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]]) -> None:
@@ -198,7 +245,9 @@ def _unit(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[s
         node.command(["systemctl", "start", files.UNIT])
 
 
-def _snapshot(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]]) -> None:
+def _snapshot(
+    node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], lost: Sequence[Sequence[str]]
+) -> None:
     """Keep what the change touches, and the script that puts it back."""
     for suffix in ("", ".done", ".confirmed", ".running"):
         path = files.ROLLBACK_DIR + suffix
@@ -214,8 +263,9 @@ def _snapshot(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mappi
             shutil.copy2(path, copy)
     node.write(f"{files.ROLLBACK_DIR}/restore", files.restore_script(), 0o755)
     commands = []
-    if "nft" in facts.programs:
-        commands.append(f"sh {files.ROLLBACK_DIR}.running/restore --clean")
+    commands.append(f"sh {files.ROLLBACK_DIR}.running/restore --clean")
+    if facts.firewalld_active:
+        commands += [f"nft add table {' '.join(firewalld.TABLE)}", "firewall-cmd --reload", *(shlex.join(command) for command in lost)]
     if plan.wanted_range(wanted, facts):
         first, last = facts.kernel_range
         commands.append(f"echo {first} {last} >{files.RANGE_SYSCTL}")
@@ -233,7 +283,7 @@ def _finish_pending(node: Node) -> None:
         if not os.path.isdir(files.ROLLBACK_DIR + ".running"):
             return
         time.sleep(0.1)
-    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists): look at `systemctl status {files.ROLLBACK_UNIT}`.")
+    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists); look at `systemctl status {files.ROLLBACK_UNIT}`.")
 
 
 @contextmanager
@@ -250,7 +300,7 @@ def _lock(read_only: bool) -> Iterator[bool]:
                 break
             except BlockingIOError:
                 if attempt == 299:
-                    raise NodeError("Another run has been changing the firewall for 30 s: wait for it, or look at `ps` on the node.") from None
+                    raise NodeError("Another run has been changing the firewall for 30 s; wait for it, or look at `ps` on the node.") from None
                 time.sleep(0.1)
         yield True
 

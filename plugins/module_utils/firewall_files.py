@@ -7,15 +7,18 @@ Pure: everything is text. The shell scripts are POSIX sh and awk, so that they w
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import Iterable, Mapping, Optional
 
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_nft import HEADER, OWN_FAMILY, OWN_TABLE, PREFIX, rule_comment, jump_rule
 
 JOBS_DIR = "/etc/onprem.torch/firewall.d"
 RULES_DIR = "/etc/onprem.torch/firewall"
 GUARD_FILE = RULES_DIR + "/guard.nft"
 JUMPS_FILE = RULES_DIR + "/jumps"
+IPSETS_FILE = RULES_DIR + "/ipsets"
 BEFORE_FILE = RULES_DIR + "/before.json"
 SCRIPT = "/usr/local/lib/onprem.torch/firewall_restore"
 UNIT = "onprem-torch-firewall.service"
@@ -47,7 +50,7 @@ def restore_script() -> str:
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 failed=0
 
-if [ "${{1:-}}" = --clean ]; then
+if [ "${{1:-}}" = --clean ] && command -v nft >/dev/null; then
     nft -a list ruleset | awk '
         $1 == "table" {{ family = $2; table = $3; next }}
         table == "{OWN_TABLE}" {{ if (!own++) last = last "delete table {OWN_FAMILY} {OWN_TABLE}\\n"; next }}
@@ -81,18 +84,58 @@ if [ -e {JUMPS_FILE} ]; then
         nft insert rule "$family" "$table" "$chain" {jump_rule()} comment '"{comment}"' || failed=1
     done <{JUMPS_FILE}
 fi
-
+{_ufw_part()}
 exit $failed
 """
 
 
-def unit_file(after: str = "") -> str:
-    """The unit that loads the rules at boot, before the network is up. `after`: further units to wait for."""
+def _ufw_part() -> str:
+    """The part of the restoring script that makes ipsets and the live rules in ufw's chains hold what the files say.
+
+    At boot ufw's chains are not there yet: then only the sets are made, which ufw's own start relies on.
+    """
+    return f"""
+command -v ipset >/dev/null || exit $failed
+
+if [ -e {IPSETS_FILE} ]; then
+    ipset destroy {ufw.SPARE_SET} 2>/dev/null
+    ipset -exist restore <{IPSETS_FILE} || failed=1
+fi
+
+# ufw_rules PROGRAM CHAIN FILE: our rules in the chain become those of our block in the file, as one step. They go
+# before the jump to the user's rules, which is where ufw loads them when it starts.
+ufw_rules() {{
+    [ -e "$3" ] && "$1" -S "$2" >/dev/null 2>&1 || return 0
+    "$1" -S "$2" | awk -v chain="$2" '
+        NR == FNR && /^-A/ && index($0, "--comment \\"{ufw.MARKER} ") {{ out = out "-D" substr($0, 3) "\\n"; next }}
+        NR == FNR && /^-A/ {{ count++; if ($0 ~ /-j ufw6?-user-input$/) place = count; next }}
+        /^# begin {ufw.MARKER}/ {{ ours = 1 }}
+        /^# end {ufw.MARKER}/ {{ ours = 0 }}
+        NR != FNR && ours && /^-A/ {{ rule[++rules] = substr($0, length("-A " chain " ")) }}
+        END {{
+            printf "*filter\\n%s", out
+            if (place) for (i = rules; i > 0; i--) print "-I " chain " " place rule[i]
+            else for (i = 1; i <= rules; i++) print "-A " chain rule[i]
+            print "COMMIT"
+        }}
+    ' - "$3" | "$1-restore" --noflush || failed=1
+}}
+ufw_rules {ufw.PROGRAMS[4]} {ufw.CHAINS[4]} {ufw.RULES_FILES[4]}
+ufw_rules {ufw.PROGRAMS[6]} {ufw.CHAINS[6]} {ufw.RULES_FILES[6]}
+
+for name in $(ipset list -n | grep -E '^onp_(p[46]|m[46]_[0-9]+)_'); do
+    grep -qs "^create $name " {IPSETS_FILE} || ipset destroy "$name" || failed=1
+done
+"""
+
+
+def unit_file(before: str = "") -> str:
+    """The unit that loads the rules at boot, before the network is up. `before`: a service that relies on our sets."""
     return f"""{HEADER}[Unit]
 Description=Firewall rules of onprem.torch jobs
 Documentation=man:nft(8)
-After=nftables.service {after}
-Before=network-pre.target shutdown.target
+After=nftables.service
+Before={before}network-pre.target shutdown.target
 Wants=network-pre.target
 Conflicts=shutdown.target
 DefaultDependencies=no
@@ -105,7 +148,7 @@ ExecReload={SCRIPT}
 
 [Install]
 WantedBy=sysinit.target
-""".replace("nftables.service \n", "nftables.service\n")
+"""
 
 
 def drop_in() -> str:
@@ -143,6 +186,7 @@ def rollback_script(files: Mapping[str, bool], commands: Iterable[str], links: O
     for path, existed in sorted((links or {}).items()):
         quoted = shlex.quote(path)
         lines.append(f"ln -sf /etc/systemd/system/{shlex.quote(path.rsplit('/', 1)[-1])} {quoted}" if existed else f"rm -f {quoted}")
-    lines += ["systemctl daemon-reload", *commands]
+    folders = " ".join((RULES_DIR, JOBS_DIR, os.path.dirname(RULES_DIR), os.path.dirname(SCRIPT), os.path.dirname(DROP_IN)))
+    lines += ["systemctl daemon-reload", *commands, f"rmdir {folders} 2>/dev/null"]
     lines += [f"rm -rf {ROLLBACK_DIR}.running", f"touch {ROLLBACK_DIR}.done", ""]
     return "\n".join(lines)

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_nft as nft
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_verdict as verdict
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import Accept, accepts
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, dump
 
 BACKENDS = ("nftables", "firewalld", "ufw")
 # The package that brings a backend's program, the same on all supported distributions.
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
-
-Chain = "tuple[str, str, str]"
 
 
 @dataclass
@@ -29,8 +30,9 @@ class Facts:
     """What the node has.
 
     programs: which of nft, firewall-cmd, ufw, ipset are installed. ruleset: `nft -j list ruleset`.
-    legacy: the rule of legacy iptables that drops by default. present: text of every file that we may keep (existing ones).
-    drop_units: names of units that exist and flush nftables when they start.
+    legacy: the rule of legacy iptables that drops by default. present: text of every file of ours that exists.
+    shared: text of the user's files that may hold a block of ours (ufw's). enabled: whether our unit is.
+    firewalld, ufw: what these hold, where they are installed (firewalld: active).
     """
 
     programs: frozenset[str] = frozenset()
@@ -41,7 +43,10 @@ class Facts:
     management_ports: tuple[int, ...] = (22,)
     kernel_range: tuple[int, int] = (32768, 60999)
     present: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     enabled: bool = False
+    firewalld: firewalld.Live = field(default_factory=firewalld.Live)
+    ufw: ufw.Live = field(default_factory=ufw.Live)
 
 
 @dataclass
@@ -50,9 +55,12 @@ class Target:
 
     files: path to (text, mode). guard: our own table, None for none. openings: our share in tables of the user's.
     jumps: the chains of the user's that get our jump, with the reason. kernel_range: the range to set, None to leave it.
+    accepts: what firewalld or ufw is to let in; empty for the other backends. shared: text of the user's files.
     """
 
     backend: str
+    accepts: list[Accept] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
     files: dict[str, tuple[str, int]] = field(default_factory=dict)
     guard: Optional[nft.NftTable] = None
     openings: list[nft.NftTable] = field(default_factory=list)
@@ -91,17 +99,17 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
     """
     problems: list[str] = []
     if facts.firewalld_active and facts.ufw_enabled:
-        problems.append("firewalld and ufw are both active: they overwrite each other's rules, disable one of them.")
+        problems.append("firewalld and ufw are both active; they overwrite each other's rules, disable one of them.")
     active = "firewalld" if facts.firewalld_active else "ufw" if facts.ufw_enabled else "nftables"
     program = {"firewalld": "firewall-cmd", "ufw": "ufw", "nftables": "nft"}
     if asked != "auto" and asked != active:
         if program[asked] not in facts.programs:
-            problems.append(f"firewall_backend is {asked}, which is not installed: install and enable it, or set firewall_backend to auto.")
+            problems.append(f"firewall_backend is {asked}, which is not installed; install and enable it, or set firewall_backend to auto.")
         elif asked == "nftables":
-            problems.append(f"firewall_backend is nftables, but {active} is active and decides: set firewall_backend to auto or {active}.")
+            problems.append(f"firewall_backend is nftables, but {active} is active and decides; set firewall_backend to auto or {active}.")
         else:
             problems.append(
-                f"firewall_backend is {asked}, which is installed but not active: enable it with your SSH access allowed, or set firewall_backend to auto."
+                f"firewall_backend is {asked}, which is installed but not active; enable it with your SSH access allowed, or set firewall_backend to auto."
             )
     chains = verdict.deciding_chains(facts.ruleset, first_packets(jobs))
     ours = {key: reason for key, reason in chains.items() if not of_a_manager(key, facts)}
@@ -109,15 +117,20 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
         name = " ".join(key)
         if verdict.managed_by_iptables(facts.ruleset, key):
             problems.append(
-                f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables: "
+                f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables; "
                 "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
             )
         elif active != "nftables":
-            problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}): keep one of the two.")
+            problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}); keep one of the two.")
     if facts.legacy and active == "nftables":
         problems.append(
-            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables: "
+            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables; "
             "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
+        )
+    if active == "firewalld" and facts.firewalld.backend != "nftables":
+        problems.append(
+            f"firewalld writes to {facts.firewalld.backend}, which cannot be compared with what it should hold; set FirewallBackend=nftables in "
+            "/etc/firewalld/firewalld.conf and restart firewalld."
         )
     if problems:
         raise SpecError(problems)
@@ -128,15 +141,25 @@ def stranger_gets_in(jobs: Sequence[JobRules], facts: Facts) -> bool:
     """Whether no firewall of the user's keeps an address and port that no rule names away from the training interface."""
     if facts.legacy:
         return False
+    if flushed(facts):
+        return files.GUARD_FILE in facts.present  # the node's own rules come back in this run: leave it at what they called for
     return any(not verdict.keeps_strangers_out(facts.ruleset, version, job.interface, 0) for job in jobs if job.protect for version in (4, 6))
+
+
+def flushed(facts: Facts) -> bool:
+    """Whether the active firewalld's or ufw's rules are gone from the kernel."""
+    if facts.firewalld_active:
+        return not any("table" in item and (item["table"]["family"], item["table"]["name"]) == firewalld.TABLE for item in facts.ruleset)
+    return facts.ufw_enabled and ufw.flushed(facts.ufw)
 
 
 def target(asked: str, jobs: Sequence[JobRules], facts: Facts) -> Target:
     """What the node should have for these jobs; with no jobs: nothing of ours. Raises SpecError."""
     if not jobs:
-        return Target(backend="none")
+        return Target(backend="none", shared={path: ufw.without_block(text) for path, text in facts.shared.items()})
     backend, chains = choose_backend(asked, jobs, facts)
     wanted = Target(backend=backend)
+    _managers(backend, jobs, facts, wanted)
     for job in jobs:
         wanted.files[f"{files.JOBS_DIR}/{job.job}.json"] = (dump(job), 0o644)
     if stranger_gets_in(jobs, facts):
@@ -149,13 +172,38 @@ def target(asked: str, jobs: Sequence[JobRules], facts: Facts) -> Target:
             wanted.files[files.opening_file(family, table)] = (nft.render_opening(opening), 0o644)
         wanted.jumps = dict(sorted(chains.items()))
         wanted.files[files.JUMPS_FILE] = ("".join(" ".join(key) + "\n" for key in wanted.jumps), 0o644)
-    if wanted.guard or wanted.openings:
+    if wanted.guard or wanted.openings or backend == "ufw":
         wanted.unit = True
         wanted.files[files.SCRIPT] = (files.restore_script(), 0o755)
-        wanted.files[files.UNIT_FILE] = (files.unit_file(), 0o644)
+        wanted.files[files.UNIT_FILE] = (files.unit_file("ufw.service " if backend == "ufw" else ""), 0o644)
         wanted.files[files.DROP_IN] = (files.drop_in(), 0o644)
     _narrow(jobs, facts, wanted)
     return wanted
+
+
+def _managers(backend: str, jobs: Sequence[JobRules], facts: Facts, wanted: Target) -> None:
+    """firewalld's policy and sets, ufw's sets and blocks; whichever is not the backend loses its own. Raises SpecError."""
+    if backend == "firewalld":
+        wanted.accepts = firewalld.with_interface(facts.firewalld.version, accepts(jobs))
+        wanted.files[firewalld.POLICY_FILE] = (firewalld.policy_file(wanted.accepts), 0o644)
+        for accept in wanted.accepts:
+            wanted.files[firewalld.ipset_path(accept.source)] = (firewalld.ipset_file(accept.source), 0o644)
+    if backend == "ufw":
+        wanted.accepts = accepts(jobs)
+        wanted.files[files.IPSETS_FILE] = (ufw.ipsets_file(wanted.accepts), 0o644)
+        problems = ufw.problems(wanted.accepts, facts.shared)
+        if problems:
+            raise SpecError(problems)
+    for version, path in ufw.RULES_FILES.items():
+        if path in facts.shared:
+            lines = ufw.rule_lines(wanted.accepts, version) if backend == "ufw" else []
+            wanted.shared[path] = ufw.with_block(facts.shared[path], lines) or facts.shared[path]
+
+
+def missing_packages(wanted: Target, facts: Facts) -> list[str]:
+    """Packages without which the rules cannot be loaded, or the node's own rules not be read."""
+    programs = (["nft"] if wanted.backend != "none" else []) + (["ipset"] if wanted.backend == "ufw" else [])
+    return [PACKAGES[program] for program in programs if program not in facts.programs]
 
 
 def _narrow(jobs: Sequence[JobRules], facts: Facts, wanted: Target) -> None:
@@ -195,6 +243,9 @@ def file_changes(wanted: Target, facts: Facts) -> dict[str, tuple[Optional[str],
     for path, text in facts.present.items():
         if path not in wanted.files:
             changes[path] = (text, None)
+    for path, text in wanted.shared.items():
+        if facts.shared[path] != text:
+            changes[path] = (facts.shared[path], text)
     return dict(sorted(changes.items()))
 
 
@@ -212,6 +263,9 @@ def live_differences(wanted: Target, facts: Facts) -> list[str]:
     found += [f"Chain {' '.join(key)} does not jump to our rules." for key in wanted.jumps if key not in live_jumps]
     found += [f"Chain {' '.join(key)} still jumps to our rules." for key in live_jumps if key not in wanted.jumps]
     found += [f"Our rules in table {family} {table} are no longer wanted." for family, table in leftover_tables(wanted, facts)]
+    if facts.firewalld_active:
+        found += firewalld.differences(facts.firewalld, wanted.accepts if wanted.backend == "firewalld" else [], items)
+    found += ufw.differences(facts.ufw, wanted.accepts if wanted.backend == "ufw" else [])
     if wanted.unit and not facts.enabled:
         found.append(f"{files.UNIT} is not enabled.")
     change = wanted_range(wanted, facts)

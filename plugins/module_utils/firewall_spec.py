@@ -79,9 +79,9 @@ def parse_ports(values: Iterable[Any], variable: str, problems: list[str]) -> tu
         except (TypeError, ValueError):
             port = 0
         if not 1 <= port <= 65535:
-            problems.append(f"{variable} holds {value!r}, which is no port: give whole numbers from 1 to 65535.")
+            problems.append(f"{variable} holds {value!r}, which is no port; give whole numbers from 1 to 65535.")
         elif port in seen:
-            problems.append(f"{variable} names port {port} twice: each service of a job needs a port of its own.")
+            problems.append(f"{variable} names port {port} twice; each service of a job needs a port of its own.")
         else:
             seen.add(port)
     return tuple(sorted(seen))
@@ -95,7 +95,7 @@ def parse_range(value: Any, variable: str, problems: list[str]) -> tuple[int, in
     except (TypeError, ValueError):
         first, last = 0, 0
     if not 1024 <= first < last <= 65535:
-        problems.append(f"{variable} is {value!r}, which is no range of ports: give first-last between 1024 and 65535, as in 50000-60999.")
+        problems.append(f"{variable} is {value!r}, which is no range of ports; give first-last between 1024 and 65535, as in 50000-60999.")
         return (32768, 60999)
     return (first, last)
 
@@ -107,10 +107,10 @@ def parse_addresses(values: Iterable[Any], variable: str, problems: list[str]) -
         try:
             address = ipaddress.ip_address(str(value).strip())
         except ValueError:
-            problems.append(f"{variable} holds {value!r}, which is no IP address: give the nodes' addresses on the training interface, not names.")
+            problems.append(f"{variable} holds {value!r}, which is no IP address; give the nodes' addresses on the training interface, not names.")
             continue
         if address.is_unspecified or address.is_multicast or address.is_loopback:
-            problems.append(f"{variable} holds {value}, which is no address of a node: give the nodes' addresses on the training interface.")
+            problems.append(f"{variable} holds {value}, which is no address of a node; give the nodes' addresses on the training interface.")
             continue
         found[address.version].add(address)
     return tuple(str(a) for a in sorted(found[4])), tuple(str(a) for a in sorted(found[6]))
@@ -123,7 +123,7 @@ def parse_networks(values: Iterable[Any], variable: str, problems: list[str]) ->
         try:
             network = ipaddress.ip_network(str(value).strip(), strict=False)
         except ValueError:
-            problems.append(f"{variable} names the source {value!r}, which is neither an address nor a network: give for instance 198.18.0.5 or 198.18.0.0/24.")
+            problems.append(f"{variable} names the source {value!r}, which is neither an address nor a network; give for instance 198.18.0.5 or 198.18.0.0/24.")
             continue
         found[network.version].append(network)
     return (
@@ -138,7 +138,7 @@ def parse_monitoring(values: Iterable[Any], problems: list[str]) -> tuple[Monito
     ports: list[Any] = []
     for value in values:
         if not isinstance(value, Mapping) or "port" not in value:
-            problems.append(f"firewall_monitoring_ports holds {value!r}: give {{port: 9400, sources: [198.18.9.0/24]}}.")
+            problems.append(f"firewall_monitoring_ports holds {value!r}; give {{port: 9400, sources: [198.18.9.0/24]}}.")
             continue
         ports.append(value["port"])
         sources = value.get("sources") or []
@@ -146,7 +146,7 @@ def parse_monitoring(values: Iterable[Any], problems: list[str]) -> tuple[Monito
             sources = [sources]
         if not sources:
             problems.append(
-                f"firewall_monitoring_ports names no sources for port {value['port']}: give addresses or networks (0.0.0.0/0 and ::/0 for everyone)."
+                f"firewall_monitoring_ports names no sources for port {value['port']}; give addresses or networks (0.0.0.0/0 and ::/0 for everyone)."
             )
         sources4, sources6 = parse_networks(sources, "firewall_monitoring_ports", problems)
         rows.append(Monitoring(0, sources4, sources6))
@@ -180,17 +180,17 @@ def parse_job(
     problems: list[str] = []
     name = str(job or "")
     if not _JOB_NAME.fullmatch(name):
-        problems.append(f"torchrun_job is {name!r}: give a name of letters, digits, '_', '.' and '-' that begins with a letter or digit (at most 63).")
+        problems.append(f"torchrun_job is {name!r}; give a name of letters, digits, '_', '.' and '-' that begins with a letter or digit (at most 63).")
     numbers = parse_ports(ports, "the job's ports (torchrun_master_port, torchrun_supervisor_port, nccl_verify_port)", problems)
     if not numbers and not problems:
-        problems.append("The job has no ports: give at least torchrun_master_port.")
+        problems.append("The job has no ports; give at least torchrun_master_port.")
     for port in sorted(set(numbers) & set(management_ports)):
-        problems.append(f"The job's port {port} is where sshd listens on this node: set torchrun_master_port (and the ports derived from it) to others.")
+        problems.append(f"The job's port {port} is where sshd listens on this node; set torchrun_master_port (and the ports derived from it) to others.")
     peers4, peers6 = parse_addresses(peers, "the peers' list", problems)
     if not peers4 and not peers6 and not problems:
-        problems.append("The peers' list is empty: the job's nodes need addresses (ansible_host, or cluster_interface with an address).")
+        problems.append("The peers' list is empty; the job's nodes need addresses (ansible_host, or cluster_interface with an address).")
     if not _INTERFACE.fullmatch(str(interface or "")):
-        problems.append(f"cluster_interface is {interface!r}: give the name of the training interface, as `ip link` shows it.")
+        problems.append(f"cluster_interface is {interface!r}; give the name of the training interface, as `ip link` shows it.")
     ephemeral = kernel_range
     narrow = not trust_peers and narrow_range not in (None, "")
     if narrow:
@@ -210,7 +210,7 @@ def check_together(jobs: Sequence[JobRules]) -> None:
     ranges = {rules.ephemeral for rules in jobs if rules.narrow}
     if len(ranges) > 1:
         shown = " and ".join(f"{first}-{last}" for first, last in sorted(ranges))
-        problems.append(f"Jobs on this node ask for different firewall_ephemeral_ports ({shown}): a kernel has one range, give all of them the same.")
+        problems.append(f"Jobs on this node ask for different firewall_ephemeral_ports ({shown}); a kernel has one range, give all of them the same.")
     if problems:
         raise SpecError(problems)
 

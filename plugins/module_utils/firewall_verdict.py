@@ -219,6 +219,8 @@ class Ruleset:
             return _payload(body, packet)
         if kind == "meta":
             return _meta(body["key"], packet)
+        if kind == "fib" and body.get("result") == "type" and body.get("flags") in ("daddr", ["daddr"]):
+            return "local"
         if kind == "ct":
             known = {"state": ["new"], "direction": "original", "mark": 0, "status": []}
             if body.get("key") in known:

@@ -212,4 +212,30 @@ def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: 
     """Return the job's status as a table."""
     texts = [str((info.get("state") or {}).get("text") or "") for info in (infos.get(host) or {} for host in order)]
     headline = next((text for text in texts if text), "no supervisor has written a state yet")
-    return [f"job {job}: {headline}", *table(status_rows(infos, order, time.time()), STATUS_HEADER)]
+    return [f"job {job}: {headline}", *table(status_rows(infos, order, time.time()), STATUS_HEADER), *firewall_lines(infos, order)]
+
+
+def firewall(answer: t.Mapping[str, t.Any]) -> dict[str, t.Any] | None:
+    """Return what the status keeps of the firewall module's answer to state verified; None without an answer.
+
+    A firewall that the module refuses to handle is not intact either: its sentences are the differences then.
+    """
+    differences = answer.get("problems") or answer.get("differences")
+    if differences is None:
+        return None
+    return {
+        "intact": not differences,
+        "text": "differs" if differences else "",
+        "backend": str(answer.get("backend") or ""),
+        "differences": list(differences),
+    }
+
+
+def firewall_lines(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
+    """Return a line for each node whose firewall is not as the role left it: what differs, and the cure."""
+    found = {host: (infos.get(host) or {}).get("firewall") or {} for host in order}
+    return [
+        f"{host}: its firewall does not hold what it should ({' '.join(entry['differences'])[:300]}); run train.yml or provision.yml"
+        for host, entry in found.items()
+        if entry.get("differences")
+    ]

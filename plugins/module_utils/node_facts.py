@@ -243,6 +243,21 @@ def jobs(root: str = "/") -> list[dict[str, t.Any]]:
     return found
 
 
+def firewalls(root: str = "/") -> dict[str, list[str]]:
+    """Return which of firewalld and ufw are installed, and which are active.
+
+    The cgroup of firewalld's service exists while it runs; ufw is no process, its configuration says whether it is on.
+    """
+    programs = {"firewalld": "usr/sbin/firewalld", "ufw": "usr/sbin/ufw"}
+    installed = [name for name, path in programs.items() if os.path.exists(os.path.join(root, path))]
+    cgroups = ("sys/fs/cgroup/system.slice/firewalld.service", "sys/fs/cgroup/systemd/system.slice/firewalld.service")
+    active = ["firewalld"] if any(os.path.isdir(os.path.join(root, path)) for path in cgroups) else []
+    settings = read_text(os.path.join(root, "etc/ufw/ufw.conf"))
+    if "ufw" in installed and any(line.strip().lower() == "enabled=yes" for line in settings.splitlines()):
+        active.append("ufw")
+    return {"installed": installed, "active": active}
+
+
 def newest(folder: str, pattern: str) -> dict[str, t.Any]:
     """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
     found = []

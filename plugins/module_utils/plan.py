@@ -14,7 +14,17 @@ import json
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import launch, network, node_checks, nvidia, ports, pytorch_plan, ranks, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    firewall_checks,
+    launch,
+    network,
+    node_checks,
+    nvidia,
+    ports,
+    pytorch_plan,
+    ranks,
+    verify_config,
+)
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Variables that describe one node. All others describe the job and are the same on every host.
@@ -26,6 +36,7 @@ PER_HOST = frozenset(
         "torchrun_node_out",
         "cluster_interface",
         "pytorch_python",
+        "firewall_backend",
         # A driver may be somebody else's on some of the nodes.
         "nvidia_driver_fabric_manager",
         "nvidia_driver_kernel_modules",
@@ -201,6 +212,7 @@ def make(
     }
     by_name = {host.name: host for host in hosts}
     problems += ports.check(numbers, order[0], by_name[order[0]].node, {unit})
+    problems += firewall_checks.check(hosts, numbers)
     told = {problem.variable for problem in problems}
     problems += [problem for problem in ports.reserved(numbers, hosts, name_of_job) if problem.variable not in told]
     problems += node_checks.check_all(hosts, chosen, name_of_job)

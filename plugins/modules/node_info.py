@@ -119,6 +119,9 @@ node:
       description: Listening TCP sockets with C(address), C(port), C(pid), C(command) and C(unit).
       type: list
       elements: dict
+    firewalls:
+      description: Which of firewalld and ufw are C(installed), and which are C(active).
+      type: dict
     disk:
       description: Free bytes by path.
       type: dict
@@ -222,6 +225,7 @@ def main() -> None:
         "interfaces": node_facts.parse_addresses(json.loads(links)),
         "ephemeral_ports": node_facts.ephemeral_ports(),
         "listening": node_facts.listening(),
+        "firewalls": node_facts.firewalls(),
         "disk": {path: node_facts.free_bytes(path) for path in module.params["disk_paths"]},
         "paths": {path: os.path.exists(path) for path in module.params["paths"]},
         "torch": {path: node_facts.torch_version(path) for path in environments},

@@ -28,9 +28,9 @@ options:
     default: __torchrun_info
   firewall_variable:
     description:
-      - Variable in which each host holds whether its firewall rules are in place, with C(intact) and C(text).
+      - Variable in which each host holds the answer of M(onprem.torch.peer_firewall) to state V(verified).
     type: str
-    default: __firewall_intact
+    default: __firewall_status
   format:
     description: Text or JSON.
     type: str

@@ -36,7 +36,7 @@ def one(job, rendezvous, seconds):
 def supervised(job):
     """The same for the supervisors; raises AssertionError where training does not come back."""
     time.sleep(5)
-    generation, machine = job.generation(), random.choice(job.machines)
+    generation, machine = job.state()["generation"], random.choice(job.machines)
     pid, moment = machine.pid("worker"), time.time()
     machine.shell(f"kill -KILL {pid}")
     return job.trains(generation)[1] - moment

@@ -127,3 +127,17 @@ def test_every_row_has_a_cell_for_each_column():
     rows = job_state.status_rows({"n1": info, "n2": {"error": "no answer"}}, ["n1", "n2"], 10.0)
     assert {len(row) for row in rows} == {len(job_state.STATUS_HEADER)}
     assert rows[0][6:8] == ("step 5", "5 s")
+
+
+def test_the_firewall_modules_answer_in_the_status():
+    assert job_state.firewall({}) is None
+    assert job_state.firewall({"failed": True, "msg": "unreachable"}) is None
+    good = job_state.firewall({"backend": "ufw", "in_sync": True, "differences": []})
+    assert good == {"intact": True, "text": "", "backend": "ufw", "differences": []}
+    bad = job_state.firewall({"backend": "ufw", "in_sync": False, "differences": ["The ipset a is missing."]})
+    refused = job_state.firewall({"failed": True, "problems": ["firewalld and ufw are both active; disable one of them."]})
+    infos = {"n1": {"firewall": good}, "n2": {"firewall": bad}, "n3": {"firewall": refused}, "n4": {"firewall": None}, "n5": {}}
+    assert job_state.firewall_lines(infos, list(infos)) == [
+        "n2: its firewall does not hold what it should (The ipset a is missing.); run train.yml or provision.yml",
+        "n3: its firewall does not hold what it should (firewalld and ufw are both active; disable one of them.); run train.yml or provision.yml",
+    ]

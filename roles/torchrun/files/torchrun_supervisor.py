@@ -1307,6 +1307,28 @@ class Link:
         self.order: Optional[JSON] = None   # last order sent
 
 
+def connected(sock: socket.socket) -> bool:
+    """Whether the other end has answered at all."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def unreached(why: str, answered: bool) -> str:
+    """Why rank 0's supervisor was not reached, and what that tells of firewalls."""
+    if answered:
+        return why
+    if why == "no handshake":
+        return "no answer: a firewall drops the connection, or the host is off"
+    if why == "connection refused":
+        return "connection refused: it does not run yet, or a firewall rejects it"
+    if why in ("no route to host", "permission denied"):
+        return f"{why}: a firewall rejects the connection, or the host is off"
+    return why
+
+
 class Supervisor:
     """The process: sockets, child, files; everything is decided by the two machines."""
 
@@ -1362,7 +1384,7 @@ class Supervisor:
         self.since = time.time()
         self.code: Optional[int] = None
         self.quit_by = 0.0
-        self.refused = ""
+        self.refused = self.unreached = ""
         self.next_tick = self.next_state = 0.0
         self.state_due = False
 
@@ -1543,6 +1565,8 @@ class Supervisor:
         descriptor = link.sock.fileno()
         if self.links.pop(descriptor, None) is None:
             return
+        if not self.coordinator and not link.session.open:
+            self.unreached = unreached(why, connected(link.sock))
         self.selector.unregister(link.sock)
         link.sock.close()
         if self.coordinator:
@@ -1576,6 +1600,7 @@ class Supervisor:
             code = error.errno or errno.EINVAL
         if code not in (0, errno.EINPROGRESS):
             sock.close()
+            self.unreached = unreached(os.strerror(code).lower(), False)
             return
         self.sent_report = None
         self.add_link(sock, self.rank, now)
@@ -1642,6 +1667,7 @@ class Supervisor:
                 self.coordinator.report(rank, link.number, message, now)
                 self.send_order(link, float(message["sent"]))
             else:
+                self.unreached = ""
                 self.member.receive(message)
                 if "view" in message:
                     self.view = message["view"]
@@ -1742,7 +1768,8 @@ class Supervisor:
             self.view = self.coordinator.view()
         view, member, options = dict(self.view), self.member, self.options
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
-            view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}")
+            why = f" ({self.unreached})" if self.unreached else ""
+            view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}{why}")
         if member.result and view["state"] != member.result:
             by = view["stopped_by"] or options.host
             view.update(state=member.result, stopped_by=by, text=f"{member.result} as requested on {by}")

@@ -37,7 +37,10 @@ jobs = st.builds(
     st.booleans(),
     st.booleans(),
     st.lists(
-        st.tuples(st.integers(1024, 65535), st.lists(st.sampled_from(["198.18.9.0/24", "0.0.0.0/0", "::/0", "fd00:9::/64", "198.18.9.7"]), min_size=1, max_size=3)),
+        st.tuples(
+            st.integers(1024, 65535),
+            st.lists(st.sampled_from(["198.18.9.0/24", "0.0.0.0/0", "::/0", "fd00:9::/64", "198.18.9.7"]), min_size=1, max_size=3),
+        ),
         max_size=3,
         unique_by=lambda row: row[0],
     ),

@@ -1,0 +1,12 @@
+# Everything of the node's own that a firewall role could touch: files with their modes and bytes, live rules, settings.
+# Counters and handles are left out: they change by themselves. So are firewalld's backups (*.old).
+find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d /etc/onprem.torch /usr/local/lib \
+    ! -name '*.old' \( -type f -o -type l \) -printf '%p %m %u %l\n' 2>/dev/null | sort
+find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d -type f ! -name '*.old' -exec sha256sum {} + | sort -k 2
+nft --stateless list ruleset 2>/dev/null
+iptables -S; ip6tables -S
+ipset list -n
+cat /proc/sys/net/ipv4/ip_local_port_range
+systemctl is-enabled nftables ufw firewalld
+if systemctl --quiet is-active firewalld; then firewall-cmd --list-all-zones; firewall-cmd --get-ipsets; firewall-cmd --get-policies; fi
+true

@@ -1,0 +1,310 @@
+"""What the firewall role does to packets, on every firewall and distribution; each test leaves the nodes as it found them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import pytest
+from conftest import (
+    BY_NAME,
+    EPHEMERAL,
+    HOSTS,
+    INVENTORY,
+    MASTER,
+    MONITORING,
+    NODES,
+    ROOT,
+    SCENARIO,
+    SUPERVISOR,
+    VERIFIER,
+    Node,
+    ansible,
+    assert_packets,
+    converge,
+    differences,
+    from_outsider,
+    module,
+    on_all,
+    outside,
+    wait_until,
+)
+
+ALL = set(range(1, 65536))
+JOB_PORTS = {MASTER, SUPERVISOR, VERIFIER}
+KERNELS_RANGE = set(range(32768, 61000))
+# What answers the outsider: by default-drop rules only what the administrator opened (see prepare.yml), whether
+# permanently or not; on the node without a firewall everything but what our own table keeps to the peers.
+EXPECTED = {
+    "nft12": ALL - JOB_PORTS - KERNELS_RANGE,
+    "nft13": {22, 8443},
+    "fwd12": {22, 8080, 8443},
+    "fwd13": {22, 8080, 8443},
+    "ufw12": {22, 8443},
+    "ufw13": {22, 8443},
+}
+BACKENDS = {"nftables": {"nft12", "nft13"}, "firewalld": {"fwd12", "fwd13"}, "ufw": {"ufw12", "ufw13"}}
+
+
+def ranges(ports: set[int]) -> str:
+    """Write ports as ranges, for a message."""
+    groups = itertools.groupby(enumerate(sorted(ports)), lambda pair: pair[1] - pair[0])
+    return ", ".join(f"{run[0]}-{run[-1]}" for run in ([port for _index, port in group] for _key, group in groups))
+
+
+def in_sync() -> None:
+    """Nothing differs on any node, by the module's own word."""
+    assert differences() == {name: [] for name in HOSTS}
+
+
+def test_backend_is_the_active_one():
+    for name, answer in module({"state": "verified"}).items():
+        assert name in BACKENDS[answer["backend"]]
+        assert answer["protected"] == (name == "nft12")
+
+
+def test_outsider_meets_exactly_the_expected_ports_of_all_65535():
+    on_all(Node.listen)
+    for address in ("address", "address6"):
+        for name, found in on_all(lambda node, key=address: outside(getattr(node, key))).items():
+            answering = {*found["open"], *found["closed"]}
+            extra, missing = answering - EXPECTED[name], EXPECTED[name] - answering
+            assert answering == EXPECTED[name], f"{name} {address}: also {ranges(extra)}; not {ranges(missing)}"
+            assert 22 in found["open"]
+
+
+def test_peers_reach_the_ports_and_the_outsider_does_not():
+    assert_packets()
+
+
+def test_no_change_costs_one_remote_module_and_little_cpu():
+    def used(node: Node) -> float:
+        stat = node.run("cat /sys/fs/cgroup/cpu.stat")
+        return int(stat.split()[1]) / 1e6
+
+    converge()  # the connections are open now
+    before = on_all(used)
+    printed = converge("--skip-tags", "always", "-e", json.dumps({"cluster_plan": plan_of_the_job()}))
+    seconds = {name: spent - before[name] for name, spent in on_all(used).items()}
+    assert "changed=1" not in printed and printed.count("TASK [") == 1
+    print(seconds)
+    assert max(seconds.values()) <= 1.0, seconds
+
+
+def plan_of_the_job() -> dict:
+    """Return the plan as the playbook prints it for programs."""
+    output = ansible("ansible-playbook", "onprem.torch.plan", "-e", "plan_format=json", "-e", "_cluster_fail=false").stdout
+    return json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "commands"),
+    [
+        ("nftables", ["systemctl restart nftables", "systemctl reload nftables"]),
+        ("firewalld", ["systemctl restart firewalld", "firewall-cmd --reload", "firewall-cmd --complete-reload"]),
+        ("ufw", ["systemctl restart ufw", "ufw reload", "ufw disable && ufw --force enable"]),
+    ],
+)
+def test_rules_survive_the_service(backend, commands):
+    nodes = [BY_NAME[name] for name in sorted(BACKENDS[backend])]
+    for command in commands:
+        on_all(lambda node, command=command: node.run(command), nodes)
+        assert_packets(nodes)
+    assert differences(",".join(BACKENDS[backend])) == {node.name: [] for node in nodes}
+    on_all(restore_administrators_rules, nodes)
+
+
+def restore_administrators_rules(node: Node) -> None:
+    """Put back what the administrator's own rules lose by a restart without our doing."""
+    if node.firewall == "firewalld":
+        node.run("firewall-cmd --add-port=8080/tcp && firewall-cmd --add-rich-rule='rule family=ipv4 source address=192.0.2.7 reject'")
+
+
+def test_flush_by_hand_is_seen_by_status_and_healed_by_the_next_run():
+    on_all(lambda node: node.run("nft flush ruleset"))
+    found = differences()
+    # firewalld on Debian 13 owns its table, which a flush does not touch.
+    assert {name for name, sentences in found.items() if sentences} == set(HOSTS) - {"fwd13"}, found
+    printed = ansible("ansible-playbook", "onprem.torch.status").stdout
+    for name in set(HOSTS) - {"fwd13"}:
+        assert f"{name}: its firewall does not hold what it should" in printed, printed
+    converge()
+    in_sync()
+    assert_packets()
+    # The administrator's own rules are theirs to bring back; then their chain decides again instead of our table.
+    BY_NAME["nft13"].run("systemctl restart nftables")
+    converge()
+    in_sync()
+    assert_packets()
+    lines = ansible("ansible-playbook", "onprem.torch.status").stdout.splitlines()
+    assert {line.split()[0] for line in lines if line.endswith(" intact")} == set(HOSTS), lines
+
+
+def test_rules_survive_a_reboot():
+    # The kernel is the host's and goes on; what begins anew is the node's first process.
+    identity = "cut -d' ' -f22 /proc/1/stat"
+    boot = on_all(lambda node: node.run(identity))
+    on_all(lambda node: node.run("systemctl --no-block reboot", check=False))
+    on_all(Node.hang_up)
+
+    def back(node: Node) -> bool:
+        found = node.run(f"{identity}; systemctl is-system-running", check=False)
+        return found.strip().endswith(("running", "degraded")) and not found.startswith(boot[node.name])
+
+    for node in NODES:
+        wait_until(lambda node=node: back(node), f"{node.name} is back")
+    on_all(restore_administrators_rules)
+    in_sync()
+    assert_packets()
+
+
+def test_node_removed_and_added():
+    gone, rest = BY_NAME["ufw13"], [node for node in NODES if node.name != "ufw13"]
+    on_all(Node.listen)
+    before = on_all(rule_count)
+    converge("-e", "cluster_group=smaller")
+
+    def stays_out(node: Node) -> None:
+        for address in (node.address, node.address6):
+            found = gone.connect(address, MASTER, EPHEMERAL, 22)
+            assert found.pop(22) == "SSH-2"
+            assert "hello" not in found.values(), node.name
+
+    on_all(stays_out, rest)
+    assert_packets(rest)
+    assert rule_count_of(rest) == {name: before[name] for name in rule_count_of(rest)}
+    assert "changed=1" in converge()
+    assert_packets()
+    assert on_all(rule_count) == before
+    in_sync()
+
+
+def rule_count(node: Node) -> int:
+    """Count the rules of the kernel: another node is one more element of a set, no rule."""
+    return sum("rule" in item for item in json.loads(node.run("nft -j list ruleset"))["nftables"])
+
+
+def rule_count_of(nodes: list[Node]) -> dict[str, int]:
+    """Count the rules on some nodes."""
+    return on_all(rule_count, nodes)
+
+
+def test_peers_that_are_not_trusted_and_monitoring():
+    monitoring = [{"port": MONITORING, "sources": ["198.18.48.200", "fdc6:1815:0:48::c8/128"]}]
+    variables = json.dumps({"firewall_trust_peers": False, "firewall_ephemeral_ports": "44000-46999", "firewall_monitoring_ports": monitoring})
+    plan = converge("-e", variables, "--check", "--diff")
+    for text in ("+net.ipv4.ip_local_port_range = 44000 46999", "onp_m4_9400_train", "sources4_9400_train"):
+        assert text in plan
+    assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").split()[0]).values()) == {"32768"}
+    converge("-e", variables)
+    assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").strip()).values()) == {"44000\t46999"}
+    assert_packets()
+    on_all(lambda node: node.run("systemd-run --quiet --collect --unit=other python3 -m http.server --bind :: 33333"))
+    dropping = [node for node in NODES if node.name != "nft12"]
+    wait_until(lambda: all(on_all(lambda node: node.run("ss -Htln 'sport = :33333'").strip()).values()), "33333 is listened on")
+
+    def only_what_was_asked_for(node: Node) -> None:
+        peer = dropping[dropping.index(node) - 1]
+        for address in (node.address, node.address6):
+            assert from_outsider(address, MONITORING) == {MONITORING: "hello"}, node.name
+            found = peer.connect(address, MONITORING, 33333)
+            assert set(found.values()) <= {"dropped", "No route to host", "Permission denied"}, f"{node.name}: {found}"
+
+    on_all(only_what_was_asked_for, dropping)
+    on_all(lambda node: node.run("systemctl stop other"))
+    converge()
+    assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").strip()).values()) == {"32768\t60999"}
+    in_sync()
+
+
+def test_change_that_would_lock_out_is_rolled_back():
+    """SSH comes in by a forwarder on a port of the ephemeral range, of which the module cannot know."""
+    node = BY_NAME["nft12"]
+    assert module({"state": "absent"}, "nft12")["nft12"]["changed"]
+    unit = "[Socket]\\nListenStream=50022\\n"
+    node.run(f"printf '{unit}' >/run/systemd/system/forward.socket")
+    node.run("printf '[Service]\\nExecStart=/lib/systemd/systemd-socket-proxyd 127.0.0.1:22\\n' >/run/systemd/system/forward.service")
+    node.run("systemctl daemon-reload && systemctl start forward.socket")
+    before = node.run("nft -s list ruleset; find /etc/onprem.torch /usr/local/lib/onprem.torch /etc/systemd/system -name '*onprem*' 2>/dev/null; true")
+    over_forwarder = ("-e", json.dumps({"ansible_port": 50022, "firewall_rollback_after": 8, "ansible_host_key_checking": False}))
+    start = time.monotonic()
+    printed = converge("--limit", "nft12", *over_forwarder, works=False)
+    assert "no new SSH connection got through the changed firewall rules within 8 s, so the node put them back" in printed
+    assert time.monotonic() - start >= 8
+    assert node.run("nft -s list ruleset; find /etc/onprem.torch /usr/local/lib/onprem.torch /etc/systemd/system -name '*onprem*' 2>/dev/null; true") == before
+    node.run("systemctl stop forward.socket forward.service; rm /run/systemd/system/forward.*; systemctl daemon-reload")
+    converge()
+    in_sync()
+
+
+def test_firewalls_that_contradict_each_other_are_named():
+    lets_ssh_in = (
+        "{0} -A INPUT -i lo -j ACCEPT; {0} -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT; "
+        "{0} -A INPUT -p tcp --dport 22 -j ACCEPT; {0} -P INPUT DROP"
+    )
+    undone = "{0} -P INPUT ACCEPT; {0} -F INPUT; "
+    cases = [
+        ("ufw13", "systemctl start firewalld", "systemctl stop firewalld; ufw reload", "firewalld and ufw are both active"),
+        (
+            "nft12",
+            lets_ssh_in.format("iptables"),
+            undone.format("iptables") + "nft delete table ip filter",
+            "Rules made with iptables drop the jobs' connections",
+        ),
+        ("nft12", lets_ssh_in.format("iptables-legacy"), undone.format("iptables-legacy"), "Rules of legacy iptables drop the jobs' connections"),
+    ]
+    for name, make, undo, sentence in cases:
+        BY_NAME[name].run(make)
+        try:
+            answer = module({"state": "verified"}, name)[name]
+        finally:
+            BY_NAME[name].run(undo)
+        assert answer["failed"] and answer["msg"].startswith(f"{name}: {sentence}"), answer
+    assert "changed=1" not in converge()
+    in_sync()
+
+
+def test_bad_input_is_named_all_at_once_before_anything_changes():
+    variables = {
+        "cluster_group": "debian12",
+        "torchrun_master_port": 29600,
+        "firewall_backend": "ufw",
+        "firewall_trust_peers": False,
+        "firewall_ephemeral_ports": "60000-50000",
+        "firewall_monitoring_ports": [{"port": 9400, "sources": ["office"]}, {"port": 9401, "sources": []}, {"port": 9401, "sources": ["::/0"]}],
+    }
+    done = ansible("ansible-playbook", "onprem.torch.provision", "-e", json.dumps(variables))
+    assert done.returncode != 0
+    for sentence in (
+        "nccl_verify_port is 29600, which is torchrun_master_port already",
+        "firewall_ephemeral_ports is '60000-50000'",
+        "names the source 'office'",
+        "firewall_monitoring_ports names no sources for port 9401",
+        "firewall_monitoring_ports names port 9401 twice",
+        "nft12: firewall_backend is ufw, which is installed but not active",
+        "fwd12: firewall_backend is ufw, but firewalld is active",
+    ):
+        assert sentence in done.stdout, sentence + done.stdout
+    assert "nothing was changed" in done.stdout
+    lost = {"cluster_group": "debian12", "cluster_interface": "{{ 'eth9' if inventory_hostname == 'fwd12' else 'host0' }}"}
+    done = ansible("ansible-playbook", "onprem.torch.provision", "-e", json.dumps(lost))
+    assert "fwd12: cluster_interface is 'eth9', but the node's interfaces are host0" in done.stdout
+    in_sync()
+
+
+def test_absent_removes_exactly_what_was_made_though_the_inventory_has_changed():
+    changed = json.dumps({"firewall_state": "absent", "cluster_group": "smaller", "torchrun_master_port": 29700})
+    converge("-e", changed)
+    converge("-e", json.dumps({"firewall_state": "absent"}))
+    assert "changed=1" not in converge("-e", json.dumps({"firewall_state": "absent"}))
+    on_all(lambda node: node.run("systemctl stop listener"))
+
+    def difference(node: Node) -> str:
+        node.run("cat >/root/now.sh && sh /root/now.sh >/root/after-the-role; true", data=(SCENARIO / "snapshot.sh").read_text())
+        return node.run("diff /root/before-the-role /root/after-the-role; true")
+
+    assert on_all(difference) == dict.fromkeys(HOSTS, "")
+    for node in NODES:
+        peer = NODES[NODES.index(node) - 1]
+        assert peer.connect(node.address, 22) == {22: "SSH-2"} == from_outsider(node.address, 22)

@@ -1,0 +1,62 @@
+# Copyright: Contributors to the onprem.torch project
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A member that cannot reach rank 0 says whether a firewall can be the cause: real packets in a network namespace."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from supervisor_support import PATH
+
+TABLE = "table inet t {{ chain input {{ type filter hook input priority 0; tcp dport 29501 {verdict};\n}}\n}}\n"
+
+
+@pytest.fixture
+def namespace():
+    """A network namespace with its loopback up."""
+    if os.geteuid() or not shutil.which("nft") or not shutil.which("ip"):
+        pytest.skip("needs root, nft and ip")
+    name = "onprem-" + uuid.uuid4().hex[:8]
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    subprocess.run(["ip", "-netns", name, "link", "set", "lo", "up"], check=True)
+    yield ["ip", "netns", "exec", name]
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected"),
+    [
+        ("drop", "no answer: a firewall drops the connection, or the host is off"),
+        ("reject with icmpx admin-prohibited", "no route to host: a firewall rejects the connection, or the host is off"),
+        ("counter", "connection refused: it does not run yet, or a firewall rejects it"),
+    ],
+    ids=["dropped", "rejected", "refused"],
+)
+def test_a_member_says_why_rank_0_is_not_reached(namespace, tmp_path, verdict, expected):
+    subprocess.run([*namespace, "nft", "-f", "-"], input=TABLE.format(verdict=verdict), text=True, check=True)
+    (tmp_path / "secret").write_text("0123456789abcdef0123456789abcdef\n")
+    options = ["--job", "j", "--host", "lab2", "--node-rank", "1", "--nnodes", "2", "--coordinator", "127.0.0.1:29501", "--bind", "127.0.0.2"]
+    options += ["--secret-file", str(tmp_path / "secret"), "--state-dir", str(tmp_path / "state"), "--release", "r1"]
+    state = tmp_path / "state" / "state.json"
+    text = ""
+    with open(tmp_path / "log", "wb") as log:
+        member = subprocess.Popen([*namespace, sys.executable, str(PATH), *options, "--", "true"], stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while expected not in text and time.monotonic() < deadline:
+                time.sleep(0.1)
+                text = json.loads(state.read_text())["text"] if state.exists() else ""
+        finally:
+            member.kill()
+            member.wait()
+    assert text == f"waiting for rank 0's supervisor at 127.0.0.1:29501 ({expected})", (tmp_path / "log").read_text()
