@@ -11,6 +11,7 @@ import time
 
 import faults
 import host
+import nccl_log
 import nccl_tests
 from host import BUILD, HOSTS, ROOT
 from job import FOREVER, Job
@@ -111,7 +112,7 @@ class Run:
         for rank, machine in enumerate(self.hall.machines):
             logs[machine.name] = text = job.journal(machine, began)
             (BUILD / "log" / f"nccl-{machine.name}.log").write_text(text)
-            rows.append({"node": machine.name, "NODE_RANK": rank, **nccl_facts(text)})
+            rows.append({"node": machine.name, "NODE_RANK": rank, **nccl_log.facts(text)})
         text = logs[self.hall.machines[0].name]
         began = time.monotonic()
         again = self.playbook("train.yml", *trial, log="train-again")
@@ -309,13 +310,3 @@ def screen(lines):
         if line.strip() and not skip:
             kept.append(line.rstrip())
     return kept[:60]
-
-
-def nccl_facts(text):
-    """What NCCL's log of a node says: nodes, ranks, GPUs, transports."""
-    inits = re.findall(r"rank (\d+) nranks (\d+) cudaDev (\d+) nvmlDev (\d+) busId ([0-9a-fA-F]+)", text)
-    nodes = sorted(set(re.findall(r"nNodes (\d+)", text)))
-    ways = sorted(set(re.findall(r" via (\S+)", text)))
-    version = re.search(r"NCCL version (\S+)", text)
-    return {"ranks": " ".join(sorted({entry[0] for entry in inits})), "GPUs": " ".join(sorted({entry[4] for entry in inits})),
-            "nNodes": " ".join(nodes), "transports": " ".join(ways), "NCCL": version.group(1) if version else ""}
