@@ -58,7 +58,8 @@ class ActionModule(ActionBase):
                 detail = (answer or {}).get("msg", "it does not answer")
                 return {
                     "failed": True,
-                    "msg": f"{host}: the changed firewall rules could not be confirmed ({detail}); the node puts them back {rollback_after} s after the change.",
+                    "msg": f"{host}: the changed firewall rules could not be confirmed ({detail}); "
+                    f"the node puts them back {rollback_after} s after the change.",
                 }
             time.sleep(1)
 

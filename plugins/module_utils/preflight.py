@@ -111,7 +111,8 @@ def versions(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str, s
     for key in keys:
         usual, odd = odd_ones({host: values.get(key) for host, values in settings.items()})
         for host, value in odd.items():
-            text = f"{host} has {key}={value if value is not None else '(unset)'}, the others {usual if usual is not None else '(unset)'}; set it the same everywhere"
+            mine, others = ("(unset)" if word is None else word for word in (value, usual))
+            text = f"{host} has {key}={mine}, the others {others}; set it the same everywhere"
             findings.append(finding("environment", "warn", host, "", text))
     return findings
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import time
 import typing as t
@@ -106,7 +107,7 @@ def heat_map(names: t.Sequence[str], pairs: t.Sequence[tuple[str, str, float]]) 
     if len(names) <= MOST_NUMBERED:
         for row, line in enumerate(grid):
             for column, value in enumerate(line):
-                if value == value:
+                if not math.isnan(value):
                     dark = value < 0.2 * best or value > 0.85 * best
                     axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=9, color="white" if dark else INK)
     made.colorbar(image, ax=axes, label="GB/s", shrink=0.8)

@@ -30,5 +30,8 @@ def test_checks(job, place, expected):
 
 
 def test_the_place_of_a_unit_in_the_cluster():
-    unit = "ExecStart=python3 supervisor --node-rank 9 --nnodes 9 -- \\\n    python -m torch.distributed.run --nnodes=2 --node-rank=1 --master-addr=10.0.0.1 --master-port=29500 a.py --nnodes=7\n"
+    unit = (
+        "ExecStart=python3 supervisor --node-rank 9 --nnodes 9 -- \\\n    python -m torch.distributed.run "
+        "--nnodes=2 --node-rank=1 --master-addr=10.0.0.1 --master-port=29500 a.py --nnodes=7\n"
+    )
     assert launch.place(unit) == {"nnodes": "2", "node-rank": "1", "master-addr": "10.0.0.1", "master-port": "29500"}

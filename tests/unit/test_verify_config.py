@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 NO_GPUS, GPUS = {"n1": 0, "n2": 0}, {"n1": 8, "n2": 8}
 
 
-def sentences(gpus=NO_GPUS, **values):
-    return [problem.sentence() for problem in verify_config.read(values, gpus)[1]]
+def sentences(gpus=None, **values):
+    return [problem.sentence() for problem in verify_config.read(values, NO_GPUS if gpus is None else gpus)[1]]
 
 
 def test_the_defaults_are_fine_and_auto_follows_the_gpus():

@@ -105,7 +105,15 @@ class Run:
     def verification(self) -> dict[str, t.Any]:
         """Return what was decided."""
         nodes = {
-            host: {"host": host, "rank": rank, "nproc": self.nproc, "python": "/usr/bin/python3", "devices": None, "interface": "host0", "address": f"198.18.0.{rank + 11}"}
+            host: {
+                "host": host,
+                "rank": rank,
+                "nproc": self.nproc,
+                "python": "/usr/bin/python3",
+                "devices": None,
+                "interface": "host0",
+                "address": f"198.18.0.{rank + 11}",
+            }
             for rank, host in enumerate(self.order)
         }
         return {"order": self.order, "nodes": nodes, "settings": self.settings.as_dict(), "fingerprint": "abc", "started": 990.0}

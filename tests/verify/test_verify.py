@@ -7,7 +7,7 @@ import re
 import threading
 import time
 
-from lab import PYTHON_PACKAGES, Verification
+from lab import PYTHON_PACKAGES
 
 
 def explained(found):

@@ -7,6 +7,7 @@ Eight or thirty-two nodes then share one torch on the disk and in memory, and no
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import pathlib
 import platform
@@ -16,7 +17,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
-import conftest  # noqa: F401  (lets the collection be imported from the checkout)
+importlib.import_module("conftest")  # lets the collection be imported from the checkout
 from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
 
 REQUIREMENT = "torch==2.13.0"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import functools
 import json
 import os
 import random
@@ -348,7 +349,7 @@ class Bench:
         for size in sizes:
             self.stage(f"all-reduce of {size} bytes, warm-up")
             tensor = self.slice(size)
-            call = lambda tensor=tensor: self.dist.all_reduce(tensor, op=self.operation)  # noqa: E731
+            call = functools.partial(self.dist.all_reduce, tensor, op=self.operation)
             for _turn in range(self.config["warmup"]):
                 call()
             wrong = self.check(tensor, 0)["nwrong"] if self.config["correctness_repeats"] else None
@@ -369,7 +370,7 @@ class Bench:
         self.stage("latency")
         size = max(8, self.width)
         tensor = self.torch.zeros(size // self.width, dtype=self.dtype, device=self.device)
-        call = lambda: self.dist.all_reduce(tensor, op=self.operation)  # noqa: E731
+        call = functools.partial(self.dist.all_reduce, tensor, op=self.operation)
         for _turn in range(5):
             call()
         times = 200 if self.gpu else max(5, self.config["iterations"])
