@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 # A pair, or the best of a device, below this share of its reference is slow.
 TOLERANCE = 0.7
+# The same where nothing tells what the hardware should reach, as with virtual adapters, whose speed comes and goes with the CPU.
+UNKNOWN_TOLERANCE = 0.5
 # Of the links of a device, from this share on the device is named and not each link.
 MANY_LINKS = 0.5
 

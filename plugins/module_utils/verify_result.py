@@ -340,14 +340,15 @@ def accused(report: t.Mapping[str, t.Any], expected: t.Mapping[str, Expected]) -
     found = culprit.solve(
         [culprit.Sample(entry["source"], entry["target"], entry["source_device"], entry["gbytes_per_second"]) for entry in pairs],
         needed / rails if needed and expected["wire"].blocks else None,
+        culprit.UNKNOWN_TOLERANCE if expected["wire"].value is None else culprit.TOLERANCE,
     )
     for host in report["order"]:
         here = [entry for entry in report["inside_pairs"] if entry["source"] == host]
-        found += inside_culprits(host, here)
+        found += inside_culprits(host, here, culprit.UNKNOWN_TOLERANCE if expected["inside"].value is None else culprit.TOLERANCE)
     return found
 
 
-def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]]) -> list[culprit.Culprit]:
+def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]], tolerance: float) -> list[culprit.Culprit]:
     """Return the slow devices and links inside one node."""
     samples = [
         culprit.Sample(
@@ -356,7 +357,7 @@ def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]]) -> list
         for entry in pairs
     ]
     found = []
-    for entry in culprit.solve(samples):
+    for entry in culprit.solve(samples, tolerance=tolerance):
         device = int(entry.host.split()[1])
         kind = "device" if entry.kind == "node" else entry.kind
         found.append(culprit.Culprit(kind, host, device, entry.peer, entry.measured, entry.expected, entry.evidence))

@@ -13,9 +13,10 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# GB/s that eight healthy nodes on two busy cores reach easily, and nodes behind SLOW never.
-MINIMUM = 0.02
-SLOW = "40mbit"     # 0.005 GB/s
+# A veth is as fast as the CPU has time, so every port gets a speed of its own that two busy cores can carry.
+PORT, SLOW = "400mbit", "40mbit"    # 0.05 and 0.005 GB/s
+# GB/s of bus bandwidth that healthy ports reach easily, and that no all-reduce with a slow one can.
+MINIMUM = 0.012
 PYTHON_PACKAGES = "/opt/torch/lib/python3.11/site-packages"
 
 
@@ -54,19 +55,21 @@ class Node:
                    check=check, timeout=timeout)
 
     def limit(self, rate=SLOW):
-        """A slow port: whatever the node sends is held to a rate, and whatever is sent to it."""
-        self.shell(f"tc qdisc replace dev host0 root tbf rate {rate} burst 16kb latency 200ms")
+        """The speed of the node's port, both ways."""
+        self.shell(f"tc qdisc del dev host0 root 2>/dev/null; tc qdisc add dev host0 root tbf rate {rate} burst 16kb latency 200ms")
         run("tc", "qdisc", "replace", "dev", f"vb-{self.machine}", "root", "tbf", "rate", rate, "burst", "16kb", "latency", "200ms")
 
     def limit_to(self, peer, rate=SLOW):
         """A slow way to one peer only."""
-        self.shell("tc qdisc replace dev host0 root handle 1: htb default 1; tc class replace dev host0 parent 1: classid 1:1 htb rate 40gbit; "
+        self.shell("tc qdisc del dev host0 root; tc qdisc add dev host0 root handle 1: htb default 1; "
+                   f"tc class replace dev host0 parent 1: classid 1:1 htb rate {PORT} burst 16kb; "
                    f"tc class replace dev host0 parent 1: classid 1:2 htb rate {rate} burst 16kb; "
                    f"tc filter replace dev host0 parent 1: protocol ip u32 match ip dst {peer.address}/32 flowid 1:2")
 
     def drop(self, port):
         """Packets to one port vanish without an answer."""
-        self.shell(f"nft 'table inet verifytest {{ chain input {{ type filter hook input priority -10; tcp dport {port} drop; }} }}'")
+        self.shell("nft add table inet verifytest; nft 'add chain inet verifytest input { type filter hook input priority -10; }'; "
+                   f"nft add rule inet verifytest input tcp dport {port} drop")
 
     def power_off(self):
         """Pull the plug: nothing inside says goodbye."""
@@ -75,13 +78,13 @@ class Node:
             f"name={self.name} state=powered_off state_dir={self.nodes} bridge={self.bridge}", cwd=ROOT)
 
     def heal(self):
-        """Undo everything that a test, or a killed one before it, did to this node."""
-        self.shell("tc qdisc del dev host0 root 2>/dev/null; nft delete table inet verifytest 2>/dev/null; "
+        """Undo everything that a test, or a killed one before it, did to this node; its port has its usual speed again."""
+        self.shell("nft delete table inet verifytest 2>/dev/null; "
                    f"umount {PYTHON_PACKAGES}/torch 2>/dev/null; "
                    f"for f in {PYTHON_PACKAGES}/torch-*/METADATA.kept; do [ -e $f ] && mv $f ${{f%.kept}}; done; "
                    "systemctl stop torchrun-other.service nccl-verify.service 2>/dev/null; "
                    "rm -f /etc/systemd/system/torchrun-other.service; systemctl daemon-reload; true")
-        run("tc", "qdisc", "del", "dev", f"vb-{self.machine}", "root", check=False)
+        self.limit(PORT)
 
     def left(self):
         """What a verification has left behind."""

@@ -81,11 +81,16 @@ def test_a_node_with_another_torch_is_named(verify, lab):
     assert found.report["failures"][0].startswith("verify4 has torch 2.5.1, the others have 2."), explained(found)
 
 
-def test_a_node_without_torch_is_named_before_anything_is_launched(verify, lab):
+def test_a_node_that_cannot_run_it_is_named_before_anything_is_launched(verify, lab):
     lab.nodes[7].shell(f"mount -t tmpfs none {PYTHON_PACKAGES}/torch")
     found = verify()
-    assert "verify8: /opt/torch/bin/python3 has no torch" in found.text and "nothing was launched" in found.text
-    assert found.report == {} and "Start the measurement" not in found.text
+    assert "verify8: pytorch_environment is /opt/torch, in which there is no torch" in " ".join(found.text.split()), found.text
+    assert "nccl_verify : Prepare" not in found.text
+    lab.nodes[7].heal()
+    found = verify("-e", "torchrun_user=somebody")
+    for number in range(1, 9):
+        assert f"verify{number}: there is no user somebody, which the job runs as; provision the nodes first" in found.text
+    assert "nothing was launched" in found.text and "Start the measurement" not in found.text and found.report == {}
 
 
 def test_bad_values_are_all_named_at_once_before_anything_is_launched(verify):
