@@ -62,7 +62,7 @@ MATCHINGS = 4
 CIRCLE_UP_TO = 64
 SUSPECT = 0.75
 # Further looks at pairs that seem slow, and the time for each of them.
-CONFIRMATIONS = 3
+CONFIRMATIONS = 2
 CONFIRM_SECONDS = 4.0
 # A pair is measured for this long at least: a few short messages would all fall into one moment in which a rank has no CPU.
 PAIR_LEAST_SECONDS = 0.05
