@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import typing as t
 
@@ -45,6 +46,7 @@ class ActionModule(ActionBase):
                 address=str(host.get("ansible_host") or name),
                 python=str(host.get("ansible_python_interpreter") or "/usr/bin/python3"),
                 boot_command="make lab" if host.get("lab_subnet") else "",
+                missing_key=missing(str(host.get("ansible_ssh_private_key_file") or "")),
             )
             result.update(changed=False, node={"error": reason})
             return result
@@ -59,7 +61,7 @@ class ActionModule(ActionBase):
 
     def _questions(self, name: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Return the module's arguments from the host's variables; values that cannot be read are the plan's to name."""
-        reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
+        reader = catalog.Reader(catalog.load(self._loader, ("cuda", "pytorch", "torchrun")), self._templar, task_vars["hostvars"])
         variables = reader.host(name)[0].variables
         source = str(variables.get("torchrun_source") or "")
         remote = [source[len("remote:") :]] if source.startswith("remote:") else []
@@ -79,3 +81,8 @@ class ActionModule(ActionBase):
             "environments_root": str(variables.get("pytorch_root") or ""),
             "python": str(variables.get("pytorch_python") or "/usr/bin/python3"),
         }
+
+
+def missing(path: str) -> str:
+    """Return a path of the control node where nothing lies there, else an empty string."""
+    return path if path and not os.path.exists(os.path.expanduser(path)) else ""

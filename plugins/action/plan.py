@@ -12,7 +12,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 
 SUPERVISOR = os.path.join(catalog.ROLES, "torchrun", "files", "torchrun_supervisor.py")
 
@@ -32,6 +32,8 @@ class ActionModule(ActionBase):
             argument_spec={
                 "group": {"type": "str", "required": True},
                 "nodes_variable": {"type": "str", "default": "__cluster_node"},
+                "nodes": {"type": "bool", "default": True},
+                "spares": {"type": "str", "default": "spares"},
                 "fail": {"type": "bool", "default": True},
                 "starts": {"type": "bool", "default": False},
             }
@@ -39,10 +41,10 @@ class ActionModule(ActionBase):
         group = arguments["group"]
         names = list(task_vars["groups"].get(group, []))
         if not names:
-            cure = f"add the nodes' addresses to the group {group} of the inventory"
-            empty = Problem("", "cluster_group", f"the group {group} has no hosts", cure)
-            return {**result, "failed": True, "msg": report([empty]), "problems": [empty.as_dict()]}
+            return failure(result, [empty_group(group, task_vars)])
         reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
+        if not arguments["nodes"]:
+            return self._look_ahead(result, group, names, list(task_vars["groups"].get(arguments["spares"], [])), reader)
         left_out = {
             entry[entry["ansible_loop_var"]]: entry
             for entry in (task_vars.get("__cluster_left_out_nodes") or {}).get("results") or []
@@ -60,24 +62,52 @@ class ActionModule(ActionBase):
                 host.node = {}
             host.replaces = str(reader.raw(name).get("_cluster_replaces") or "")
             hosts.append(host)
-        release = self._release(hosts[0], task_vars)
-        plan, found = planning.make(group, hosts, release, self._loader.load_from_file(catalog.MANIFEST), self._lock(hosts[0], task_vars))
+        plan, found = self._plan(group, hosts, reader)
         problems += found
         if arguments["starts"]:
             problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
-        result.update(plan)
-        result.update(changed=False, problems=[problem.as_dict() for problem in problems])
         if problems and arguments["fail"]:
-            result.update(failed=True, msg=report(problems))
-        return result
+            return failure(result, problems)
+        return {**result, **plan, "changed": False, "problems": [problem.as_dict() for problem in problems]}
 
-    def _lock(self, host: planning.Host, task_vars: dict[str, t.Any]) -> pytorch_plan.Lock:
+    def _look_ahead(
+        self, result: dict[str, t.Any], group: str, names: t.Sequence[str], reserve: t.Sequence[str], reader: catalog.Reader
+    ) -> dict[str, t.Any]:
+        """Fail where Ansible could not connect to a host for its variables' sake, with all else that the inventory has wrong."""
+        problems: list[Problem] = []
+        for name in dict.fromkeys([*names, *reserve]):
+            try:
+                raw, templar = reader.environment(name)
+            except Exception as error:  # a file of the inventory that is no YAML, or whose key is missing
+                problems.append(unreadable_host(name, error))
+                continue
+            problems += connection_variables.check(name, raw, templar)
+        if not problems:
+            return {**result, "changed": False}
+        unreadable = {problem.host for problem in problems if not problem.variable}
+        hosts = []
+        for name in names:
+            if name not in unreadable:
+                host, found = reader.host(name)
+                problems += found
+                hosts.append(host)
+        if not hosts:
+            return failure(result, problems)
+        return failure(result, problems + self._plan(group, hosts, reader)[1])
+
+    def _plan(self, group: str, hosts: t.Sequence[planning.Host], reader: catalog.Reader) -> tuple[dict[str, t.Any], list[Problem]]:
+        """Return the plan and the problems that show in it."""
+        folder = str(reader.raw(hosts[0].name).get("inventory_dir") or os.getcwd())
+        manifest = self._loader.load_from_file(catalog.MANIFEST)
+        return planning.make(group, hosts, self._release(hosts[0], folder), manifest, self._lock(hosts[0], folder))
+
+    def _lock(self, host: planning.Host, folder: str) -> pytorch_plan.Lock:
         """Return the lock file of torch and its packages as it lies on the control node."""
         variable = "pytorch_lock"
         name = str(host.variables.get(variable) or "")
         if not name:
             return pytorch_plan.Lock()
-        path = resolve(name, task_vars)
+        path = resolve(name, folder)
         try:
             with open(path, encoding="utf-8") as stream:
                 return pytorch_plan.Lock(path, stream.read())
@@ -86,7 +116,7 @@ class ActionModule(ActionBase):
             cure = "correct the path (relative paths start at the inventory's folder)"
             return pytorch_plan.Lock(path, problems=(Problem("", variable, text, cure),))
 
-    def _release(self, host: planning.Host, task_vars: dict[str, t.Any]) -> planning.Release:
+    def _release(self, host: planning.Host, folder: str) -> planning.Release:
         """Return the job's source as it lies on the control node."""
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
@@ -98,7 +128,7 @@ class ActionModule(ActionBase):
             return planning.Release("", script, problems=(missing,))
         if source.startswith("remote:"):
             return planning.Release("", script or "train.py", source[len("remote:") :], supervisor)
-        path = resolve(source, task_vars)
+        path = resolve(source, folder)
         try:
             members = source_tree.files(path)
         except source_tree.SourceError as error:
@@ -116,6 +146,47 @@ class ActionModule(ActionBase):
         return planning.Release(source_tree.tree_hash(members), script, path, supervisor, tuple(problems))
 
 
-def resolve(source: str, task_vars: dict[str, t.Any]) -> str:
-    """Return the absolute path of a source; relative ones start at the inventory's folder."""
-    return os.path.normpath(os.path.join(task_vars.get("inventory_dir") or os.getcwd(), os.path.expanduser(source)))
+def resolve(source: str, folder: str) -> str:
+    """Return the absolute path of a source; relative ones start at ``folder``, the inventory's."""
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(source)))
+
+
+def failure(result: dict[str, t.Any], problems: t.Sequence[Problem]) -> dict[str, t.Any]:
+    """Return a failed result that says what is wrong and nothing else, since a person reads it."""
+    return {**result, "changed": False, "failed": True, "msg": report(problems)}
+
+
+def unreadable_host(name: str, error: Exception) -> Problem:
+    """Return the problem of a host whose variables Ansible cannot put together, because of a file of the inventory."""
+    reason = " ".join(str(error).split()).rstrip(".")
+    place = ""
+    cause: BaseException | None = error
+    while cause and not place:
+        # Ansible's errors carry the place that they are about: a file with line and column.
+        place = str(cause.obj) if getattr(getattr(cause, "obj", None), "path", None) else ""
+        cause = cause.__cause__ or cause.__context__
+    if "vault" in reason.lower() or "decrypt" in reason.lower():
+        text = "variables lie in an encrypted file that cannot be read"
+        return Problem(name, "", text, "give the right key with --vault-password-file or --ask-vault-pass")
+    text = f"the inventory's variables cannot be read ({reason}{f', {place}' if place else ''})"
+    return Problem(name, "", text, "correct that file")
+
+
+def empty_group(group: str, task_vars: dict[str, t.Any]) -> Problem:
+    """Return the problem of a group without hosts, with the likeliest cure."""
+    sources = ", ".join(str(source) for source in task_vars.get("ansible_inventory_sources") or [])
+    text = f"the group {group} has no hosts" + (f" in {sources}" if sources else "")
+    elsewhere = set()
+    for name in task_vars["groups"].get("all", []):
+        try:
+            elsewhere.add(task_vars["hostvars"].raw_get(name).get("cluster_group"))
+        except Exception:  # named once the group is found
+            continue
+    elsewhere = {str(chosen) for chosen in elsewhere if isinstance(chosen, str) and chosen != group}
+    if elsewhere:
+        cure = f"choose the group on the command line, where plays can read it: -e cluster_group={min(elsewhere)}"
+    elif not task_vars["groups"].get("all"):
+        cure = "give an inventory that has hosts with -i"
+    else:
+        cure = f"add the nodes' addresses to the group {group}"
+    return Problem("", "cluster_group", text, cure)

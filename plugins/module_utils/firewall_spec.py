@@ -76,7 +76,7 @@ def parse_ports(values: Iterable[Any], variable: str, problems: list[str]) -> tu
     for value in values:
         try:
             port = int(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             port = 0
         if not 1 <= port <= 65535:
             problems.append(f"{variable} holds {value!r}, which is no port; give whole numbers from 1 to 65535.")

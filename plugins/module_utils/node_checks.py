@@ -43,6 +43,9 @@ def supported(host: Host) -> list[Problem]:
     if host.node["architecture"] not in ARCHITECTURES:
         text = f"the architecture is {host.node['architecture']}, but {' or '.join(ARCHITECTURES)} was expected"
         problems.append(Problem(host.name, "", text, "take the host out of the group"))
+    if host.node.get("uid", 0) != 0:
+        text = f"modules run as the user with id {host.node['uid']}, but root was expected"
+        problems.append(Problem(host.name, "ansible_become", text, "set ansible_become: true for the group"))
     if not host.node["systemd"]:
         text = "systemd is not the first process, but the job is a systemd unit"
         problems.append(Problem(host.name, "", text, "boot the node with systemd"))
@@ -64,7 +67,7 @@ def clock(host: Host) -> list[Problem]:
     if abs(offset) <= CLOCK_TOLERANCE_SECONDS:
         return []
     way = "ahead of" if offset > 0 else "behind"
-    text = f"the clock is {abs(offset):.1f} s {way} the control node's, but at most {CLOCK_TOLERANCE_SECONDS:.0f} s was expected"
+    text = f"the clock is at least {abs(offset):.1f} s {way} the control node's, but at most {CLOCK_TOLERANCE_SECONDS:.0f} s was expected"
     return [Problem(host.name, "", text, "synchronise it (systemd-timesyncd or chrony)")]
 
 

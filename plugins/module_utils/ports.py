@@ -31,7 +31,10 @@ def check(
     problems: list[Problem] = []
     seen: dict[int, str] = {}
     usable: dict[str, int] = {}
+    derived = ports.get(SUPERVISOR) == ports.get(MASTER, 0) + 1 and not 1024 <= ports[MASTER] <= 65535
     for variable, port in ports.items():
+        if variable == SUPERVISOR and derived:
+            continue  # it follows from the master's, which is named already
         if not 1024 <= port <= 65535:
             text = f"{variable} is {port}, but a port from 1024 to 65535 was expected"
             problems.append(Problem("", variable, text, "choose another, such as 29500"))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
+# Hosts that a sentence names before it counts the rest.
+NAMES_SHOWN = 8
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -35,8 +38,28 @@ class Problem:
         return {"host": self.host, "variable": self.variable, "message": self.sentence()}
 
 
+def merged(problems: t.Sequence[Problem]) -> list[Problem]:
+    """Return the problems, those that differ in nothing but the host as one, in the order of their first mention.
+
+    A mistake in the group's variables is a problem of each host, but a person has to read and to repair it once.
+    """
+    hosts: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        names = hosts.setdefault((problem.variable, problem.text, problem.cure), [])
+        if problem.host not in names:
+            names.append(problem.host)
+    return [Problem(listed(names), *parts) for parts, names in hosts.items()]
+
+
+def listed(names: t.Sequence[str]) -> str:
+    """Return names as a text that stays readable for hundreds of them."""
+    if len(names) <= NAMES_SHOWN:
+        return ", ".join(name for name in names if name)
+    return f"{', '.join(names[:NAMES_SHOWN])} and {len(names) - NAMES_SHOWN} more"
+
+
 def report(problems: t.Sequence[Problem]) -> str:
     """Return all problems as one text: a headline and a line each."""
-    count = len(problems)
-    headline = f"{count} problem{'s' if count > 1 else ''} found, nothing was changed:"
-    return "\n".join([headline, *(f"  - {problem.sentence()}" for problem in problems)])
+    lines = [f"  - {problem.sentence()}" for problem in merged(problems)]
+    headline = f"{len(lines)} problem{'s' if len(lines) > 1 else ''} found, nothing was changed:"
+    return "\n".join([headline, *lines])

@@ -62,8 +62,10 @@ def convert(value: t.Any, spec: dict[str, t.Any]) -> tuple[t.Any, str]:
         if not isinstance(value, (list, tuple)):
             return None, "a list"
         items = []
+        elements = spec.get("elements", "raw")
         for item in value:
-            converted, expected = convert(item, {"type": spec.get("elements", "raw")})
+            # An item without a value is a slip: it would become the word None.
+            converted, expected = convert(item, {"type": elements, "required": elements != "raw"})
             if expected:
                 return None, f"a list of which each element is {expected}"
             items.append(converted)

@@ -104,6 +104,9 @@ node:
     systemd:
       description: Whether systemd is PID 1.
       type: bool
+    uid:
+      description: Id of the user that modules run as; 0 for root.
+      type: int
     python:
       description: C(path) and C(version) of the Python that torch is to run with; an empty version where there is none.
       type: dict
@@ -218,6 +221,7 @@ def main() -> None:
         "hostname": name,
         "hostname_addresses": node_facts.resolved_name(name),
         "systemd": os.path.isdir("/run/systemd/system"),
+        "uid": os.geteuid(),
         "python": {
             "path": python,
             "version": node_facts.python_version(python) if os.path.exists(python) else "",

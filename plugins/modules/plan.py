@@ -24,6 +24,17 @@ options:
     description: Name of the variable in which each host holds the result of M(onprem.torch.node_info).
     type: str
     default: __cluster_node
+  nodes:
+    description:
+      - Whether the nodes have been looked at. With V(false) nothing is planned; the task fails where the group is empty, or
+        where Ansible could not connect to a host because a variable such as C(ansible_user) cannot be read.
+      - Give this task to C(localhost) before the first task on the nodes.
+    type: bool
+    default: true
+  spares:
+    description: Name of the inventory group of spares, which are checked too with O(nodes=false).
+    type: str
+    default: spares
   starts:
     description:
       - Whether the job is to be started, so that a spare must not begin without the checkpoints of the node that it replaces.
@@ -58,28 +69,28 @@ EXAMPLES = r"""
 RETURN = r"""
 order:
   description: Hosts in the order of their ranks.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: list
   elements: str
 nodes:
   description: By host C(rank), C(address), C(address6), C(interface), C(nproc), C(devices), hardware and variables.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 peers:
   description: Training addresses of all nodes, as C(ipv4) and C(ipv6).
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 job:
   description: Name, unit, MASTER_ADDR, ports, script, arguments, folders and release of the job.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: dict
 fingerprint:
   description: Changes when the nodes, their hardware or versions change.
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: str
 problems:
   description: What is wrong, with C(host), C(variable) and C(message).
-  returned: always
+  returned: when nothing is wrong, or with O(fail=false)
   type: list
   elements: dict
 """

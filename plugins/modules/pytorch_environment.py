@@ -137,7 +137,10 @@ import shutil
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, node_facts, torch_fit
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, node_facts, node_lock, torch_fit
+
+# Time that what a killed run has left behind may take to end, in seconds.
+WAIT = 600
 
 # Importing it proves that the installation works, and leaves the byte code that the job's user cannot write.
 PROBE = """
@@ -233,8 +236,8 @@ def provide_distribution(module: AnsibleModule) -> dict[str, t.Any]:
     return result
 
 
-def build(module: AnsibleModule, folder: str, python_version: str) -> dict[str, t.Any]:
-    """Build the environment anew and return its versions."""
+def build(module: AnsibleModule, folder: str, python_version: str, lock: int) -> None:
+    """Build the environment anew; ``lock`` is handed on to what it runs."""
     params = module.params
     root = params["root"]
     wheels = os.path.join(root, "wheels")
@@ -262,15 +265,15 @@ def build(module: AnsibleModule, folder: str, python_version: str) -> dict[str, 
         stream.write(params["lock"] or "\n".join(params["constraints"]) + "\n")
     environ = {"UV_CACHE_DIR": os.path.join(root, "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
     for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], install):
-        returncode, stdout, stderr = module.run_command(command, environ_update=environ)
+        returncode, stdout, stderr = module.run_command(command, environ_update=environ, pass_fds=[lock])
         if returncode != 0:
             reason = " ".join((stderr.strip() or stdout.strip()).split())[-600:]
             module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
     versions = versions_of(module, python)
     check_version(module, versions["torch"], folder)
     check_fit(module, versions, python, compute=True)
+    os.sync()  # the record must not outlive a power loss that the files before it did not
     environment.write_record(folder, params["requirements"], python_version, versions)
-    return versions
 
 
 def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
@@ -294,7 +297,14 @@ def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
         os.makedirs(os.path.join(params["root"], "wheels"), exist_ok=True)
         result.update(changed=False, missing=missing, incomplete=True)
         return result
-    result["versions"] = build(module, folder, python_version)
+    try:
+        with node_lock.held("pytorch", WAIT) as lock:
+            # An earlier run that was killed may have ended its work meanwhile.
+            if environment.differences(folder, params["requirements"], python_version):
+                build(module, folder, python_version, lock)
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"{folder} cannot be built: {error}; wait for it to end and run the play again")
+    result["versions"] = environment.record_of(folder)["versions"]
     return result
 
 

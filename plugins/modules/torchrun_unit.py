@@ -136,9 +136,11 @@ import pwd
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, source_tree, systemd
+from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, node_lock, source_tree, systemd
 
 UNITS = "/etc/systemd/system"
+# Time that the module of a killed run may take to end, in seconds. The longest is a stop, in which the job writes its checkpoint.
+WAIT = 600
 
 
 class Node:
@@ -296,8 +298,9 @@ class Node:
         keep = {release, job_folders.previous(job_folders.history(root))}
         job_folders.prune(root, keep, params["keep_releases"])
         self.keep_file(os.path.join(launch.SETTINGS, f"{params['job']}.env"), environment_text, 0o600, secret=True)
-        if self.keep_file(self.unit_path, unit, 0o644):
-            self.systemctl("daemon-reload")
+        self.keep_file(self.unit_path, unit, 0o644)
+        # Also where the file is right already: a run that was killed may have written it and no more.
+        self.systemctl("daemon-reload")
         self.systemctl("enable", "--quiet", self.unit_name)
         self.systemctl("start", self.unit_name)
         self.changes.append(f"start of {self.unit_name}")
@@ -351,6 +354,20 @@ class Node:
         if self.changes and not self.module.check_mode:
             self.systemctl("daemon-reload")
 
+    def old_secret_runs(self) -> bool:
+        """Return whether the running supervisor was given another secret, as after a run that was killed before the switch."""
+        texts = []
+        for path in (
+            os.path.join("/run/credentials", self.unit_name, "secret"),
+            os.path.join(launch.SETTINGS, f"{self.params['job']}.secret"),
+        ):
+            try:
+                with open(path, encoding="utf-8") as stream:
+                    texts.append(stream.read())
+            except OSError:
+                return False  # nothing runs
+        return texts[0] != texts[1]
+
     def result(self) -> dict[str, object]:
         """Return what the module tells."""
         params = self.params
@@ -365,7 +382,7 @@ class Node:
         if params["release"]:
             result["source_hash"] = job_folders.staged(params["root"], params["release"]).get("source_hash", "")
         if params["unit"]:
-            result["switch"] = self.secret_changed or not self.wanted(self.unit_path)
+            result["switch"] = self.secret_changed or self.old_secret_runs() or not self.wanted(self.unit_path)
         if self.diff:
             result["diff"] = self.diff
         return result
@@ -394,8 +411,13 @@ def main() -> None:
         supports_check_mode=True,
     )
     node = Node(module)
-    getattr(node, module.params["state"])()
-    module.exit_json(**node.result())
+    try:
+        with node_lock.held(f"job-{module.params['job']}", WAIT):
+            getattr(node, module.params["state"])()
+            result = node.result()
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
+    module.exit_json(**result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import typing as t
 from dataclasses import dataclass
 
-from ansible.errors import AnsibleError
+from ansible_collections.onprem.torch.plugins.module_utils import value_checks
 from ansible_collections.onprem.torch.plugins.module_utils import variables as checks
 from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
@@ -28,17 +28,18 @@ class Catalog:
     defaults: dict[str, t.Any]
 
 
-def load(loader: t.Any) -> Catalog:
-    """Read argument_specs.yml and defaults/main.yml of every role.
+def load(loader: t.Any, roles: t.Collection[str] = ()) -> Catalog:
+    """Read argument_specs.yml and defaults/main.yml of roles.
 
     Args:
         loader: Ansible's DataLoader; it marks the defaults as templates that may be trusted.
+        roles: their names; all of the cluster's where none is given.
     """
     specs: dict[str, dict[str, t.Any]] = {}
     defaults: dict[str, t.Any] = {}
-    for role in sorted(os.listdir(ROLES)):
+    for role in sorted(roles or set(os.listdir(ROLES)) - NOT_OF_THE_CLUSTER):
         path = os.path.join(ROLES, role, "meta", "argument_specs.yml")
-        if role in NOT_OF_THE_CLUSTER or not os.path.exists(path):
+        if not os.path.exists(path):
             continue
         specs.update(loader.load_from_file(path)["argument_specs"]["main"]["options"])
         path = os.path.join(ROLES, role, "defaults", "main.yml")
@@ -54,52 +55,63 @@ class Reader:
         self._catalog = catalog
         self._templar = templar
         self._hostvars = hostvars
+        # Most defaults are no templates and need converting only once, not for each host.
+        self._constants = {
+            name: checks.convert(catalog.defaults.get(name), spec)[0]
+            for name, spec in catalog.specs.items()
+            if not templar.is_template(catalog.defaults.get(name))
+        }
 
     def raw(self, host: str) -> dict[str, t.Any]:
         """Return the host's variables as they stand in the inventory."""
         return dict(self._hostvars.raw_get(host))
 
+    def environment(self, host: str) -> tuple[dict[str, t.Any], t.Any]:
+        """Return the host's variables as they stand, and a templar that knows them."""
+        raw = self.raw(host)
+        return raw, self._templar.copy_with_new_env(available_variables={**self._catalog.defaults, **raw, "hostvars": self._hostvars})
+
     def host(self, name: str) -> tuple[Host, list[Problem]]:
         """Return the host with its typed variables, and the problems with them."""
-        raw = self.raw(name)
+        raw, templar = self.environment(name)
         problems = []
         for slip, right in checks.unknown_names(raw, self._catalog.specs).items():
             cure = f"write {right}" if right else "remove it, or see the list of variables in docs/variables.md"
             problems.append(Problem(name, slip, f"{slip} is no variable of this collection", cure))
         values: dict[str, t.Any] = {}
-        available = {**self._catalog.defaults, **raw}
-        templar = self._templar.copy_with_new_env(available_variables=available)
-        for variable, spec in self._catalog.specs.items():
-            if variable not in available:
+        for variable in self._catalog.specs:
+            if raw.get(variable) is None:
                 continue
-            try:
-                value = templar.template(available[variable])
-            except AnsibleError as error:
-                problems.append(unreadable(name, variable, error))
-                value = self._default(variable)
-            value, expected = checks.convert(value, spec)
-            if expected:
-                given = checks.shown(templar.template(available[variable]))
-                text = f"{variable} is {given}, but {expected} was expected"
-                problems.append(Problem(name, variable, text, f"correct {variable} in the inventory"))
-                value, _expected = checks.convert(self._default(variable), spec)
-            values[variable] = value
-        address = raw.get("ansible_host")
-        try:
-            address = str(templar.template(address)) if address else name
-        except AnsibleError as error:
-            problems.append(unreadable(name, "ansible_host", error))
-            address = name
-        return Host(name, values, {}, address), problems
+            value, problem = self._read(name, variable, raw[variable], templar)
+            if problem:
+                problems.append(problem)
+            else:
+                values[variable] = value
+        # Defaults that are made of other variables are made of those that could be read: one mistake, one sentence.
+        lost = {key: self._catalog.defaults.get(key) for key in self._catalog.specs if key not in values}
+        derived = self._templar.copy_with_new_env(available_variables={**raw, **lost, "hostvars": self._hostvars})
+        for variable, spec in self._catalog.specs.items():
+            if variable in values:
+                continue
+            if variable in self._constants:
+                values[variable] = self._constants[variable]
+                continue
+            value, problem = self._read(name, variable, self._catalog.defaults[variable], derived)
+            values[variable] = None if problem else value
+        problems += value_checks.check(name, values)
+        return Host(name, values, {}, str(raw.get("ansible_host") or name)), problems
 
-    def _default(self, variable: str) -> t.Any:
-        """Return the default of a variable, None where it has none or its default needs the broken value."""
+    def _read(self, host: str, variable: str, value: t.Any, templar: t.Any) -> tuple[t.Any, Problem | None]:
+        """Return the typed value of a variable, or the problem with it."""
         try:
-            return self._templar.copy_with_new_env(available_variables=self._catalog.defaults).template(
-                self._catalog.defaults.get(variable)
-            )
-        except AnsibleError:
-            return None
+            value = templar.template(value)
+        except Exception as error:  # whatever a template or a secret raises, the user gets a sentence
+            return None, unreadable(host, variable, error)
+        value, expected = checks.convert(given := value, self._catalog.specs[variable])
+        if expected:
+            text = f"{variable} is {checks.shown(given)}, but {expected} was expected"
+            return None, Problem(host, variable, text, f"correct {variable} in the inventory")
+        return value, None
 
 
 def unreadable(host: str, variable: str, error: Exception) -> Problem:
@@ -108,4 +120,5 @@ def unreadable(host: str, variable: str, error: Exception) -> Problem:
     if "vault" in reason.lower() or "decrypt" in reason.lower():
         text = f"{variable} is encrypted and cannot be read"
         return Problem(host, variable, text, "give the right key with --vault-password-file or --ask-vault-pass")
-    return Problem(host, variable, f"{variable} cannot be read ({reason[:160]})", "correct the expression")
+    reason = reason if len(reason) <= 160 else reason[:159] + "…"
+    return Problem(host, variable, f"{variable} cannot be read ({reason.rstrip('.')})", "correct the expression")

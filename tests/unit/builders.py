@@ -8,7 +8,7 @@ import typing as t
 
 import yaml
 from ansible.parsing.dataloader import DataLoader
-from ansible.template import Templar
+from ansible.template import Templar, trust_as_template
 from ansible_collections.onprem.torch.plugins.module_utils.plan import Host, Release
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
 
@@ -37,6 +37,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "hostname": f"n{number}",
         "hostname_addresses": ["127.0.1.1"],
         "systemd": True,
+        "uid": 0,
         "python": {"path": "/usr/bin/python3", "version": "3.11.2"},
         "interfaces": [
             interface("lo", "127.0.0.1/8"),
@@ -81,6 +82,11 @@ class HostVars:
 
     def raw_get(self, host: str) -> dict[str, t.Any]:
         return self.variables[host]
+
+
+def template(text: str) -> str:
+    """Return a text that Ansible treats as a template, as it does with those of an inventory."""
+    return trust_as_template(text)
 
 
 def reader(variables: dict[str, dict[str, t.Any]]) -> catalog.Reader:

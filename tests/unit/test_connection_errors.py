@@ -19,15 +19,15 @@ def explain(message, output="", unreachable=False, boot=""):
             FAILED + "ssh: connect to host 198.18.0.5 port 22: No route to host",
             "",
             True,
-            "cannot be reached by SSH at 198.18.0.5 (ssh: connect to host 198.18.0.5 port 22: No route to host); "
+            "cannot be reached by SSH at 198.18.0.5 (No route to host); "
             "check ansible_host and try: ssh ops@198.18.0.5",
         ),
         (
             FAILED + "ssh: Could not resolve hostname gpu99: Name or service not known",
             "",
             True,
-            "cannot be reached by SSH at 198.18.0.5 (ssh: Could not resolve hostname gpu99: Name or service not known); "
-            "check ansible_host and try: ssh ops@198.18.0.5",
+            "cannot be reached by SSH at 198.18.0.5 (Could not resolve hostname gpu99: Name or service not known); "
+            "set ansible_host to the node's address",
         ),
         (
             FAILED + "ops@198.18.0.5: Permission denied (publickey).",

@@ -7,11 +7,12 @@ import typing as t
 
 import pytest
 from ansible.errors import AnsibleError
+from ansible_collections.onprem.torch.plugins.action import plan as action
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
-from builders import GIB, RELEASE, host, interface, node, reader
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
+from builders import GIB, RELEASE, HostVars, host, interface, node, reader, template
 
 TWO_NETWORKS = [interface("lo", "127.0.0.1/8"), interface("eth0", "198.18.0.{0}/16"), interface("ib0", "198.19.0.{0}/24")]
 
@@ -28,6 +29,12 @@ def two(first: t.Optional[dict] = None, second: t.Optional[dict] = None, gpus: i
 def read(**variables: t.Any) -> list[str]:
     """Return the sentences for the inventory variables of one host."""
     return [problem.sentence() for problem in reader({"n1": variables}).host("n1")[1]]
+
+
+def connect(**variables: t.Any) -> list[str]:
+    """Return the sentences for the variables that Ansible connects to one host with."""
+    raw, templar = reader({"n1": variables}).environment("n1")
+    return [problem.sentence() for problem in connection_variables.check("n1", raw, templar)]
 
 
 def sockets(port: int, unit: str, command: str = "python3") -> dict[str, t.Any]:
@@ -327,14 +334,14 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
     "clock behind": (
         lambda: two(nodes=({"clock_offset_seconds": -3.21}, {})),
         [
-            "n1: the clock is 3.2 s behind the control node's, but at most 1 s was expected; "
+            "n1: the clock is at least 3.2 s behind the control node's, but at most 1 s was expected; "
             "synchronise it (systemd-timesyncd or chrony)."
         ],
     ),
     "clock ahead": (
         lambda: two(nodes=({"clock_offset_seconds": 61.0}, {})),
         [
-            "n1: the clock is 61.0 s ahead of the control node's, but at most 1 s was expected; "
+            "n1: the clock is at least 61.0 s ahead of the control node's, but at most 1 s was expected; "
             "synchronise it (systemd-timesyncd or chrony)."
         ],
     ),
@@ -382,6 +389,140 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
             "give the right key with --vault-password-file or --ask-vault-pass."
         ],
     ),
+    "not root": (
+        lambda: two(nodes=({}, {"uid": 1000})),
+        ["n2: modules run as the user with id 1000, but root was expected; set ansible_become: true for the group."],
+    ),
+    "job's name": (
+        lambda: read(torchrun_job="a/b"),
+        [
+            "n1: torchrun_job is 'a/b', but at most 63 letters, digits, '_', '.' and '-' that begin with a letter or digit "
+            "were expected; choose another name."
+        ],
+    ),
+    "user's name": (
+        lambda: read(torchrun_user="Me Too"),
+        [
+            "n1: torchrun_user is 'Me Too', but at most 32 lower-case letters, digits, '_' and '-' were expected; "
+            "choose another name."
+        ],
+    ),
+    "version that is none": (
+        lambda: read(pytorch_version="newest"),
+        ["n1: pytorch_version is 'newest', but a version was expected; write one such as 2.13.0."],
+    ),
+    "relative path": (
+        lambda: read(torchrun_root="jobs"),
+        ["n1: torchrun_root names 'jobs', but an absolute path was expected; begin it with /."],
+    ),
+    "empty path": (
+        lambda: read(torchrun_data_paths=[""]),
+        ["n1: torchrun_data_paths names an empty path, but an absolute path was expected; begin it with /."],
+    ),
+    "negative time": (
+        lambda: read(torchrun_stop_timeout=-1),
+        ["n1: torchrun_stop_timeout is -1, but 1 or more was expected; choose a larger number."],
+    ),
+    "name in the environment": (
+        lambda: read(torchrun_environment={"A-B": "c"}),
+        ["n1: torchrun_environment holds the name 'A-B', but letters, digits and '_' were expected; rename it."],
+    ),
+    "value in the environment": (
+        lambda: read(torchrun_environment={"A": True}),
+        ["n1: torchrun_environment gives A the value True, but text or a number was expected; put it in quotes."],
+    ),
+    "control character in the environment": (
+        lambda: read(torchrun_environment={"A": "b\x07"}),
+        ["n1: torchrun_environment gives A a value with control characters, but text was expected; remove them."],
+    ),
+    "pattern that is none": (
+        lambda: read(torchrun_step_pattern="("),
+        [
+            "n1: torchrun_step_pattern is '(', but a regular expression was expected "
+            "(missing ), unterminated subpattern at position 0); correct the expression."
+        ],
+    ),
+    "range of ports": (
+        lambda: read(firewall_ephemeral_ports="60000-50000"),
+        [
+            "n1: firewall_ephemeral_ports is '60000-50000', which is no range of ports; "
+            "give first-last between 1024 and 65535, as in 50000-60999."
+        ],
+    ),
+    "sources of monitoring": (
+        lambda: read(firewall_monitoring_ports=[{"port": 9400, "sources": ["prometheus"]}]),
+        [
+            "n1: firewall_monitoring_ports names the source 'prometheus', which is neither an address nor a network; "
+            "give for instance 198.18.0.5 or 198.18.0.0/24."
+        ],
+    ),
+    "boolean in quotes": (
+        lambda: read(firewall_protect="false"),
+        [
+            "n1: firewall_protect is 'false', but true or false without quotes was expected; "
+            "correct firewall_protect in the inventory."
+        ],
+    ),
+    "item without a value": (
+        lambda: read(torchrun_args=["--epochs", None]),
+        [
+            "n1: torchrun_args is ['--epochs', None], but a list of which each element is a value was expected; "
+            "correct torchrun_args in the inventory."
+        ],
+    ),
+    "undefined variable": (
+        lambda: read(torchrun_args=[template("{{ epochs }}")]),
+        ["n1: torchrun_args cannot be read ('epochs' is undefined); correct the expression."],
+    ),
+    "one bad port, one sentence": (
+        lambda: read(torchrun_master_port=template("{{ nothing }}")),
+        ["n1: torchrun_master_port cannot be read ('nothing' is undefined); correct the expression."],
+    ),
+    "port of ssh": (
+        lambda: connect(ansible_port="ssh"),
+        ["n1: ansible_port is 'ssh', but a port from 1 to 65535 was expected; correct ansible_port in the inventory."],
+    ),
+    "become in words": (
+        lambda: connect(ansible_become="maybe"),
+        ["n1: ansible_become is 'maybe', but true or false was expected; correct ansible_become in the inventory."],
+    ),
+    "become method": (
+        lambda: connect(ansible_become_method="sodu"),
+        [
+            "n1: ansible_become_method is 'sodu', but a become plugin such as sudo was expected; "
+            "correct ansible_become_method in the inventory."
+        ],
+    ),
+    "connection plugin": (
+        lambda: connect(ansible_connection="shh"),
+        [
+            "n1: ansible_connection is 'shh', but a connection plugin such as ssh was expected; "
+            "correct ansible_connection in the inventory."
+        ],
+    ),
+    "undefined user": (
+        lambda: connect(ansible_user=template("{{ operator }}")),
+        ["n1: ansible_user cannot be read ('operator' is undefined); correct the expression."],
+    ),
+    "file that is no YAML": (
+        lambda: [action.unreadable_host("n1", AnsibleError("YAML parsing failed: While parsing.")).sentence()],
+        ["n1: the inventory's variables cannot be read (YAML parsing failed: While parsing); correct that file."],
+    ),
+    "encrypted file without its key": (
+        lambda: [action.unreadable_host("n1", AnsibleError("Attempting to decrypt but no vault secrets found.")).sentence()],
+        [
+            "n1: variables lie in an encrypted file that cannot be read; "
+            "give the right key with --vault-password-file or --ask-vault-pass."
+        ],
+    ),
+    "empty group": (
+        lambda: [action.empty_group("train", {"groups": {"all": ["n1"]}, "hostvars": HostVars({"n1": {}})}).sentence()],
+        ["the group train has no hosts; add the nodes' addresses to the group train."],
+    ),
+    "empty inventory": (
+        lambda: [action.empty_group("train", {"groups": {}, "ansible_inventory_sources": ["/i"]}).sentence()],
+        ["the group train has no hosts in /i; give an inventory that has hosts with -i."],
+    ),
 }
 
 
@@ -409,4 +550,11 @@ def test_each_sentence_says_what_to_do():
 def test_a_report_counts_its_problems():
     one = Problem("n1", "x", "x is 1", "write 2")
     assert report([one]) == "1 problem found, nothing was changed:\n  - n1: x is 1; write 2."
-    assert report([one, one]).startswith("2 problems found, nothing was changed:\n")
+    other = Problem("n1", "y", "y is 1", "write 2")
+    assert report([one, other]).startswith("2 problems found, nothing was changed:\n")
+
+
+def test_a_report_names_one_mistake_once_with_all_its_hosts():
+    many = [Problem(f"n{number}", "x", "x is 1", "write 2") for number in range(1, 513)]
+    assert report(many[:2]).splitlines()[1:] == ["  - n1, n2: x is 1; write 2."]
+    assert report(many).splitlines()[1:] == ["  - n1, n2, n3, n4, n5, n6, n7, n8 and 504 more: x is 1; write 2."]
