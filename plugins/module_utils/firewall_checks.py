@@ -32,11 +32,12 @@ def job_wide(variables: t.Mapping[str, t.Any], ports: t.Mapping[str, int]) -> li
         holder = next((name for name, port in ports.items() if port == row.port), "")
         if holder:
             sentences.append(f"firewall_monitoring_ports names port {row.port}, which is {holder}; the job's ports are for its peers only, name another.")
-    if variables.get("firewall_trust_peers") is False:
+    trusted = variables.get("firewall_trust_peers") is not False
+    if not trusted or variables.get("firewall_ephemeral_ports"):
         before = len(sentences)
         low, high = spec.parse_range(variables.get("firewall_ephemeral_ports"), "firewall_ephemeral_ports", sentences)
         for name, port in ports.items():
-            if len(sentences) == before and low <= port <= high:
+            if not trusted and len(sentences) == before and low <= port <= high:
                 sentences.append(
                     f"firewall_ephemeral_ports is {low}-{high}, in which {name} ({port}) lies, so any connection may take it; choose a range without it."
                 )

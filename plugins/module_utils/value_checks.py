@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import firewall_spec
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 from ansible_collections.onprem.torch.plugins.module_utils.variables import shown
 
@@ -97,23 +96,6 @@ def patterns(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
         yield variable, f"{variable} is {shown(value)}, but a regular expression was expected ({error})", "correct the expression"
 
 
-def firewall(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
-    """What the firewall's own checks say of the values; each of their sentences is "what is the case: what to do"."""
-    found: list[str] = []
-    if variables.get("firewall_ephemeral_ports"):
-        firewall_spec.parse_range(variables["firewall_ephemeral_ports"], "firewall_ephemeral_ports", found)
-    split = [("firewall_ephemeral_ports", sentence) for sentence in found]
-    found = []
-    firewall_spec.parse_monitoring(variables.get("firewall_monitoring_ports") or [], found)
-    split += [("firewall_monitoring_ports", sentence) for sentence in found]
-    for variable, sentence in split:
-        text, separator, cure = sentence.rstrip(".").rpartition(": give ")
-        if separator:
-            yield variable, " ".join(text.split()), f"give {' '.join(cure.split())}"
-        else:
-            yield variable, " ".join(cure.split()), f"correct {variable}"
-
-
 def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """Return every problem with the values of one host's variables.
 
@@ -123,6 +105,6 @@ def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """
     return [
         Problem(host, variable, text, cure)
-        for look in (names, paths, numbers, environment, patterns, firewall)
+        for look in (names, paths, numbers, environment, patterns)
         for variable, text, cure in look(variables)
     ]

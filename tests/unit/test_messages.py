@@ -442,20 +442,6 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
             "(missing ), unterminated subpattern at position 0); correct the expression."
         ],
     ),
-    "range of ports": (
-        lambda: read(firewall_ephemeral_ports="60000-50000"),
-        [
-            "n1: firewall_ephemeral_ports is '60000-50000', which is no range of ports; "
-            "give first-last between 1024 and 65535, as in 50000-60999."
-        ],
-    ),
-    "sources of monitoring": (
-        lambda: read(firewall_monitoring_ports=[{"port": 9400, "sources": ["prometheus"]}]),
-        [
-            "n1: firewall_monitoring_ports names the source 'prometheus', which is neither an address nor a network; "
-            "give for instance 198.18.0.5 or 198.18.0.0/24."
-        ],
-    ),
     "boolean in quotes": (
         lambda: read(firewall_protect="false"),
         [
