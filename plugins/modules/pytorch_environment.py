@@ -156,7 +156,9 @@ print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda or "", 
 COMPUTE = """
 import torch
 for index in range(torch.cuda.device_count()):
-    assert float((torch.ones(8, 8, device=f"cuda:{index}") @ torch.ones(8, 8, device=f"cuda:{index}")).sum()) == 512.0
+    ones = torch.ones(8, 8, device=f"cuda:{index}")
+    if float((ones @ ones).sum()) != 512.0:
+        raise SystemExit(f"GPU {index} computes wrong results")
 print(torch.cuda.device_count())
 """
 

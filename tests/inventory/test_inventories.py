@@ -225,7 +225,8 @@ def test_networks(nodes, inventory):
     ephemeral = machines.shell("inv1", "cat /proc/sys/net/ipv4/ip_local_port_range").split()
     try:
         for number in (1, 2):
-            machines.shell(f"inv{number}", f"ip link add second type veth peer name other && ip link set other up && ip address add 198.19.56.{number}/24 dev second && ip link set second up")
+            links = "ip link add second type veth peer name other && ip link set other up && ip link set second up"
+            machines.shell(f"inv{number}", f"{links} && ip address add 198.19.56.{number}/24 dev second")
         assert machines.sentences(inventory.train()) == [
             "the nodes share several networks (198.18.56.0/24, 198.19.56.0/24); set cluster_interface to the one to train on, such as host0.",
             f"inv1: torchrun_master_port is 40000, inside the range {ephemeral[0]} to {ephemeral[1]} from which the kernel hands out ports, "

@@ -166,7 +166,10 @@ def test_a_spoilt_inventory_has_problems_that_say_what_to_do(made, spoils, data)
     well_formed(problems, inventory)
 
 
-@given(right(), st.dictionaries(st.sampled_from([*sorted(specification().specs), "ansible_host", "ansible_port", "ansible_become"]), ANYTHING, max_size=4), st.data())
+NAMES = [*sorted(specification().specs), "ansible_host", "ansible_port", "ansible_become"]
+
+
+@given(right(), st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=4), st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_value_of_any_variable_raises(made, values, data):
     inventory, nodes = made
