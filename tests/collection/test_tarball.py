@@ -7,6 +7,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -63,7 +64,7 @@ def test_playbooks_run_from_the_installed_collection(installed: dict[str, str], 
     # Nobody listens there, and both nodes are named in the plan's own sentences.
     assert done.returncode != 0
     for node in nodes:
-        assert f"{node}: " in done.stdout, done.stdout + done.stderr
+        assert re.search(rf"\b{node}\b.*(reached|answer|connect)", done.stdout), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("playbooks/*.yml")), ids=lambda path: path.stem)
