@@ -11,6 +11,7 @@ suites=(
     "unit: pytest -q tests/unit"
     "collection: pytest -q tests/collection"
     "quickstart: pytest -q tests/quickstart"
+    "inventory: pytest -q tests/inventory"
     "molecule-default: molecule test --scenario-name default"
     "molecule-nvidia: molecule test --scenario-name nvidia"
     "nvidia: pytest -q tests/nvidia"
@@ -21,7 +22,6 @@ open_suites=(
     "sanity: tools/sanity.sh"
     "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
     "molecule-firewall: molecule test --scenario-name firewall"
-    "inventory: pytest -q tests/inventory"
     "interrupts: pytest -q tests/interrupts"
     "faults: pytest -q tests/faults"
 )
