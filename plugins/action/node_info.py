@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import time
 import typing as t
@@ -42,7 +43,7 @@ class ActionModule(ActionBase):
                 str(answer.get("msg") or answer.get("module_stderr") or ""),
                 " ".join(str(answer.get(key) or "") for key in ("module_stderr", "module_stdout", "stderr")),
                 bool(answer.get("unreachable")),
-                user=str(host.get("ansible_user") or "this user"),
+                user=str(host.get("ansible_user") or getpass.getuser()),
                 address=str(host.get("ansible_host") or name),
                 python=str(host.get("ansible_python_interpreter") or "/usr/bin/python3"),
                 boot_command="make lab" if host.get("lab_subnet") else "",
