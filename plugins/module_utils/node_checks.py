@@ -202,7 +202,7 @@ def same_torch(hosts: t.Sequence[Host]) -> list[Problem]:
         elif not version:
             text = f"{variable} is {environment}, in which there is no torch"
             problems.append(Problem(host.name, variable, text, "name the folder of an environment with torch"))
-        elif wanted and version.split("+", maxsplit=1)[0] != wanted.split("+")[0]:
+        elif wanted and version.split("+", maxsplit=1)[0] != wanted.split("+", maxsplit=1)[0]:
             text = f"pytorch_version is {wanted}, but {environment} holds torch {version}"
             problems.append(Problem(host.name, "pytorch_version", text, "leave it empty for whatever is there, or correct it"))
         else:
