@@ -20,7 +20,7 @@ def test_from_nothing_to_training_through_three_kills(cut):
     cut.quiet()
     cut.root = "/opt/second"
     process = cut.start()
-    assert cut.when(process, lambda: first.runs("\0install\0")), process.communicate()[0][-3000:]
+    assert cut.when(process, lambda: first.runs("\0pip\0install\0")), process.communicate()[0][-3000:]
     output = cut.kill_modules(process, [first])
     assert process.returncode != 0 and "Traceback" not in output, output
     environments = first.folder / "opt/second/environments"
@@ -31,7 +31,7 @@ def test_from_nothing_to_training_through_three_kills(cut):
     cut.quiet()
     cut.root = "/opt/third"
     process = cut.start()
-    assert cut.when(process, lambda: first.runs("\0install\0")), process.communicate()[0][-3000:]
+    assert cut.when(process, lambda: first.runs("\0pip\0install\0")), process.communicate()[0][-3000:]
     cut.kill_play(process)
     cut.check()
 
