@@ -96,10 +96,11 @@ def test_a_node_that_cannot_run_it_is_named_before_anything_is_launched(verify, 
 def test_bad_values_are_all_named_at_once_before_anything_is_launched(verify):
     found = verify("-e", "nccl_verify_dtype=float33", "-e", "nccl_verify_size_min=many", "-e", "nccl_verify_backend=nccl",
                    "-e", "nccl_verify_interface=eth7", minimum="quick")
+    everywhere = ", ".join(f"verify{number}" for number in range(1, 9))
     for sentence in ("nccl_verify_dtype is 'float33', but one of float64, float32",
                      "nccl_verify_size_min is 'many', which is no size; write bytes such as 8",
-                     "verify3: nccl_verify_backend is nccl, but the node has no usable GPU",
-                     "verify3: nccl_verify_interface is 'eth7', but the node's interfaces are host0",
+                     f"{everywhere}: nccl_verify_backend is nccl, but the node has no usable GPU",
+                     f"{everywhere}: nccl_verify_interface is 'eth7', but the node's interfaces are host0",
                      "nccl_verify_minimum_gbytes_per_second is 'quick', but auto or a positive number of GB/s was expected"):
         assert sentence in " ".join(found.text.split()), f"{sentence}\n{found.text}"
     assert "nccl_verify : Prepare" not in found.text
