@@ -16,12 +16,12 @@ suites=(
     "molecule-default: molecule test --scenario-name default"
     "molecule-nvidia: molecule test --scenario-name nvidia"
     "nvidia: pytest -q tests/nvidia"
+    "verify: pytest -q tests/verify"
 )
 # Not yet seen to pass as a whole on this tree; they run when they are named: tools/test.sh faults, or all of them with make test-open.
 open_suites=(
     "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
     "molecule-firewall: molecule test --scenario-name firewall"
-    "verify: pytest -q tests/verify"
     "interrupts: pytest -q tests/interrupts"
     "faults: pytest -q tests/faults"
 )
