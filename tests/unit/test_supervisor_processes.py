@@ -149,7 +149,8 @@ def test_killed_worker_or_torchrun(gang, rank, victim):
     assert time.monotonic() - killed < 6
     cause = three.state()["first_cause"]
     assert (cause["host"], cause["signal"], cause["charged"]) == (f"lab{rank + 1}", "SIGKILL", True)
-    assert three.state(1)["first_cause"]["text"] == cause["text"], "every node knows"
+    # A follower hears of it with the answer to its next heartbeat.
+    three.wait(lambda: (three.state(1)["first_cause"] or {}).get("text") == cause["text"], what="every node knows")
     assert three.exits() == [0, 0, 0] and not three.leftovers()
 
 
