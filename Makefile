@@ -38,6 +38,13 @@ sanity: setup ## ansible-test sanity
 build: setup ## Build the collection's tarball in build/
 	ansible-galaxy collection build --force --output-path build
 
+bench: setup ## Measure: speed, verification, overhead, recovery (as root; PARTS="nochange scale" for some of them)
+	@python tests/bench/bench.py $(PARTS)
+
+soak: setup ## Random faults for MINUTES minutes, and train.yml killed at 20 random moments (as root)
+	python tests/soak.py $(MINUTES)
+	python tests/interrupts/soak.py
+
 docs: setup ## Build the documentation site in build/docs
 	@tools/docs.sh
 

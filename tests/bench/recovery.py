@@ -42,23 +42,25 @@ def supervised(job):
     return job.trains(generation)[1] - moment
 
 
-def main(tries: int, seconds: float) -> int:
+def main(tries: int, seconds: float) -> dict:
     job = open_job()
+    result = {}
     try:
         for name, rendezvous in (("static, --max-restarts=3", STATIC), ("c10d, --max-restarts=3", C10D)):
             times = [one(job, rendezvous, seconds) for _try in range(tries)]
+            result[name] = times
             good = sorted(value for value in times if value is not None)
             print(f"{name:26} {len(good)} of {tries} train again within {seconds:g} s"
                   + (f", after {', '.join(f'{value:.0f}' for value in good)} s" if good else ""), flush=True)
         job.start_again()
         job.trains(0)
-        times = sorted(supervised(job) for _try in range(tries))
+        times = result["supervisors"] = sorted(supervised(job) for _try in range(tries))
         print(f"{'supervisors':26} {len(times)} of {tries} train again, after {', '.join(f'{value:.0f}' for value in times)} s")
     finally:
         if not os.environ.get("FAULTS_KEEP"):
             job.hall.close()
-    return 0
+    return {"seconds_to_train_again": result, "tries": tries}
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, float(sys.argv[2]) if len(sys.argv) > 2 else 90))
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, float(sys.argv[2]) if len(sys.argv) > 2 else 90)

@@ -43,6 +43,7 @@ def judge(found, wanted):
 
 def placements(lab, count, dice):
     """Plant a fault at a random place, verify, heal; print and count."""
+    result = {}
     names = [node.name for node in lab.nodes]
     for kind in ("node", "link"):
         hits, false, times = 0, 0, []
@@ -66,11 +67,14 @@ def placements(lab, count, dice):
             print(f"{kind} {turn + 1:2}: {' - '.join(sorted(wanted[1], key=names.index))} at {rate}: {'named' if hit else 'MISSED'}"
                   f"{', OTHERS ACCUSED: ' + str(found.culprits) if accused else ''}; {spent(found)}", flush=True)
         if count:
+            result[f"slow {kind}"] = {"placements": count, "named": hits, "others_accused": false, "median_seconds": statistics.median(times)}
             print(f"slow {kind}: {hits} of {count} named, {false} of {count} with a false accusation, "
                   f"{statistics.median(times):.1f} s in the median", flush=True)
+    return result
 
 
-def main(count: int, nodes: int, seed: int) -> int:
+def main(count: int, nodes: int, seed: int) -> dict:
+    result = {"nodes": nodes, "seed": seed}
     lab = Lab(inventory(nodes))
     try:
         lab.power_on()
@@ -79,12 +83,14 @@ def main(count: int, nodes: int, seed: int) -> int:
         for pairwise in ("never", "always"):
             found = Verification(lab, "-e", f"nccl_verify_pairwise={pairwise}")
             print(f"healthy, pairs {pairwise}: {found.report.get('verdict')}, culprits {found.culprits}; {spent(found)}", flush=True)
-        placements(lab, count, random.Random(seed))
+            result[f"healthy, pairs {pairwise}"] = {"verdict": found.report.get("verdict"), "wall_seconds": found.seconds,
+                                                    "seconds": found.report.get("seconds")}
+        result.update(placements(lab, count, random.Random(seed)))
     finally:
         lab.close()
-    return 0
+    return result
 
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:]]
-    sys.exit(main(*(numbers + [20, 8, 1][len(numbers):])))
+    main(*(numbers + [20, 8, 1][len(numbers):]))

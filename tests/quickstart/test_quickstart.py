@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 
-from conftest import BRIDGE, NODES, UNIT, Clone
+from clone import BRIDGE, NODES, UNIT, Clone
 
 RECAP = re.compile(r"^(\S+)\s+: ok=\d+\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 LONG = ["-e", json.dumps({"torchrun_args": ["--epochs=4000", "--pause=0.3"], "torchrun_wait_for": "first_step"})]

@@ -1,0 +1,21 @@
+# What a provision that changes nothing looks at, as a bare script; run as root on a node by tests/bench/nochange.py.
+set -eu
+job=/var/lib/torchrun/train
+unit=torchrun-train.service
+id torchrun
+cat /etc/os-release /etc/machine-id /proc/meminfo /proc/sys/net/ipv4/ip_local_port_range
+uname -a
+df -B1 /opt /var/lib/torchrun /dev/shm
+date +%s.%N
+ip -json address
+ip -json route
+ss --tcp --listening --numeric --processes
+ls /sys/bus/pci/devices /dev/shm
+systemctl show torchrun-* nftables.service --property=Id,ActiveState,SubState,MainPID,ControlGroup,UnitFileState
+nft --stateless list ruleset
+find /etc/nftables* /etc/nccl.conf /etc/sysctl.d /etc/security/limits.d -type f -exec sha256sum {} + 2>/dev/null || true
+sha256sum "/etc/systemd/system/$unit"
+find "$job" -maxdepth 2 -printf '%M %u %g %p\n'
+find "$job/current/" -type f -exec sha256sum {} +
+dpkg-query --show nftables python3-venv 2>/dev/null || true
+find /opt/onprem.torch -maxdepth 5 -name '*.dist-info'
