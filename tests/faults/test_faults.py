@@ -35,9 +35,10 @@ def test_full_disk_ends_clearly_and_nothing_is_corrupted(training):
             return (state.get("state") == "waiting" and "fault4: " in state["text"] and "1 GiB expected" in state["text"]
                     and cause.get("host") == "fault4" and "No space left on device" in cause["text"])
         job.wait(lambda: all(map(refused, map(job.state, job.machines))), 90, "every node names the one without room, and the cause")
+        generation = job.state()["generation"]
     finally:
         machine.shell(f"umount {folder}; umount /run/small; rmdir /run/small", check=False)
-    _generation, step = job.trains(state["generation"])
+    _generation, step = job.trains(generation)
     assert job.resumed(step - 60) >= last - 20
 
 
