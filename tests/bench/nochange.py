@@ -19,7 +19,7 @@ from measure import PROFILE, ROOT, Cost, cost, verdict
 sys.path.insert(0, str(ROOT / "tests" / "verify"))
 from lab import Lab
 
-FOLDER = ROOT / "build" / "bench-nodes"
+FOLDER, WHEELHOUSE = ROOT / "build" / "bench-nodes", ROOT / "build" / "bench-wheelhouse"
 SUBNET = "198.18.64"
 COUNTS = (2, 8, 32)
 # Seconds of a provision that changes nothing, by nodes; modules on a node; seconds of torch on a node.
@@ -36,7 +36,7 @@ def inventory(nodes: int) -> pathlib.Path:
     (FOLDER / "group_vars" / "all.yml").write_text(f"---\nlab_bridge: onpremN0\nlab_subnet: {SUBNET}.0/24\n")
     shutil.copy(ROOT / "inventories/lab/group_vars/train.yml", FOLDER / "group_vars" / "train.yml")
     hosts = "".join(f"    bench{number + 1}:\n      ansible_host: {SUBNET}.{number + 11}\n" for number in range(nodes))
-    settings = f"    torchrun_source: {ROOT}/examples\n    pytorch_wheelhouse: {FOLDER}/wheelhouse\n"
+    settings = f"    torchrun_source: {ROOT}/examples\n    pytorch_wheelhouse: {WHEELHOUSE}\n"
     (FOLDER / "hosts.yml").write_text(f"---\ntrain:\n  vars:\n{settings}  hosts:\n{hosts}")
     return FOLDER
 
@@ -72,7 +72,7 @@ def bare(lab: Lab) -> Cost:
 
 def wheels() -> int:
     """Bytes in the wheelhouse: what came for it, from an index or from a file of this machine."""
-    return sum(path.stat().st_size for path in (FOLDER / "wheelhouse").rglob("*.whl"))
+    return sum(path.stat().st_size for path in WHEELHOUSE.rglob("*.whl"))
 
 
 def unchanged(nodes: int, lab: Lab, times: int = 3) -> dict:
@@ -99,7 +99,7 @@ def unchanged(nodes: int, lab: Lab, times: int = 3) -> dict:
 def main(counts: list[int]) -> dict:
     inventory(counts[0])
     rows, outside, single = [], 0, None
-    shutil.rmtree(FOLDER / "wheelhouse", ignore_errors=True)
+    shutil.rmtree(WHEELHOUSE, ignore_errors=True)
     play("lab", "-e", "lab_state=absent")
     try:
         for nodes in counts:
@@ -125,7 +125,7 @@ def main(counts: list[int]) -> dict:
                 raise RuntimeError("the wheelhouse grew with the nodes")
     finally:
         play("lab", "-e", "lab_state=absent")
-        shutil.rmtree(FOLDER / "wheelhouse", ignore_errors=True)
+        shutil.rmtree(WHEELHOUSE, ignore_errors=True)
     return {"torch_install_seconds": single, "rows": rows}
 
 
