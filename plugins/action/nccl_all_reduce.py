@@ -27,8 +27,11 @@ from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, verif
 
 display = Display()
 MODULE = "onprem.torch.nccl_all_reduce"
-FILES = os.path.join(catalog.ROLES, "nccl_verify", "files")
-PROGRAMS = ("nccl_verify_node.py", "nccl_verify_worker.py")
+PROGRAMS = {
+    "nccl_verify_node.py": "nccl_verify",
+    "nccl_verify_worker.py": "nccl_verify",
+    launch.WITHOUT_LIBUV: "torchrun",
+}
 # A node that loses power says nothing: without signs of life, ssh would wait for it for a quarter of an hour.
 SIGNS_OF_LIFE = "-o ServerAliveInterval=3 -o ServerAliveCountMax=4"
 STRINGS = ("size_min", "size_max", "pair_size", "minimum_gbytes_per_second", "dtype", "operation", "backend", "pairwise", "interface")
@@ -123,8 +126,8 @@ class ActionModule(ActionBase):
         """Copy the programs to the node and ask whether they can run there."""
         verification = arguments["verification"]
         programs = {}
-        for name in PROGRAMS:
-            with open(os.path.join(FILES, name), encoding="utf-8") as stream:
+        for name, role in PROGRAMS.items():
+            with open(os.path.join(catalog.ROLES, role, "files", name), encoding="utf-8") as stream:
                 programs[name] = stream.read()
         host = task_vars["inventory_hostname"]
         node = verification["nodes"][host]
@@ -168,7 +171,7 @@ class ActionModule(ActionBase):
         config = verify_config.node(settings, verification["token"], members, verification["ports"], worker)
         user = verification["job"]["user"]
         told = {
-            "config": {**config, "rank": node["rank"], "python": node["python"]},
+            "config": {**config, "rank": node["rank"], "python": node["python"], "torchrun": node["torchrun"]},
             "user": user,
             "properties": [*verification["properties"], f"User={user}", f"Group={user}", f"ReadWritePaths={verify_config.FOLDER}"],
             "environment": {
@@ -252,7 +255,8 @@ def jobs(raw: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[dict[str, str], bo
 def node_entry(node: t.Mapping[str, t.Any], end: network.Endpoint) -> dict[str, t.Any]:
     """Return what a verification knows of a node."""
     kept = {key: node[key] for key in ("host", "rank", "nproc", "python", "devices")}
-    return {**kept, "interface": end.interface, "address": end.address}
+    torchrun = launch.torchrun_program(node, verify_config.FOLDER)
+    return {**kept, "torchrun": torchrun, "interface": end.interface, "address": end.address}
 
 
 def collected(order: t.Sequence[str], task_vars: t.Mapping[str, t.Any], variable: str) -> dict[str, dict[str, t.Any]]:

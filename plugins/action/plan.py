@@ -14,7 +14,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import plan as planni
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 
-SUPERVISOR = os.path.join(catalog.ROLES, "torchrun", "files", "torchrun_supervisor.py")
+# What goes with every release, beside its source.
+PROGRAMS = os.path.join(catalog.ROLES, "torchrun", "files")
 
 
 class ActionModule(ActionBase):
@@ -121,13 +122,13 @@ class ActionModule(ActionBase):
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
         script = str(host.variables.get("torchrun_script") or "")
-        supervisor = source_tree.tree_hash({"supervisor": SUPERVISOR})
+        programs = source_tree.tree_hash(source_tree.files(PROGRAMS))
         if not source:
             text = f"{variable} is not set, but a script, a project folder or remote:PATH was expected"
             missing = Problem("", variable, text, f"set {variable} for the group")
             return planning.Release("", script, problems=(missing,))
         if source.startswith("remote:"):
-            return planning.Release("", script or "train.py", source[len("remote:") :], supervisor)
+            return planning.Release("", script or "train.py", source[len("remote:") :], programs)
         path = resolve(source, folder)
         try:
             members = source_tree.files(path)
@@ -143,7 +144,7 @@ class ActionModule(ActionBase):
             scripts = sorted(name for name in members if name.endswith(".py"))[:3]
             cure = f"name a script that is there, such as {scripts[0]}" if scripts else "add the script to the source"
             problems.append(Problem("", "torchrun_script", text, cure))
-        return planning.Release(source_tree.tree_hash(members), script, path, supervisor, tuple(problems))
+        return planning.Release(source_tree.tree_hash(members), script, path, programs, tuple(problems))
 
 
 def resolve(source: str, folder: str) -> str:

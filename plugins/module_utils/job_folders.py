@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The folders of a job on a node, and its releases: staged whole, switched by one rename.
 
-    ROOT/releases/ID/source/…, torchrun_supervisor.py, release.json   read-only, root's
+    ROOT/releases/ID/source/…, programs of ours, release.json         read-only, root's
     ROOT/releases/ID/unit, environment     the unit and its EnvironmentFile as this release ran the last time
     ROOT/releases/history.json             which release was started when, oldest first
     ROOT/current      link to the release that the unit runs
@@ -26,7 +26,6 @@ HISTORY = "history.json"
 # Starts that are remembered.
 STARTS = 50
 SET_ASIDE = "set-aside-"
-SUPERVISOR = "torchrun_supervisor.py"
 
 
 def release_folder(root: str, release: str) -> str:
@@ -53,7 +52,7 @@ def source_hash(folder: str) -> str:
         return ""
 
 
-def stage(root: str, release: str, archive: str, remote: str, supervisor: str, expected: str) -> None:
+def stage(root: str, release: str, archive: str, remote: str, programs: t.Mapping[str, str], expected: str) -> None:
     """Put a release into its folder, whole or not at all.
 
     Args:
@@ -61,7 +60,7 @@ def stage(root: str, release: str, archive: str, remote: str, supervisor: str, e
         release: id of the release.
         archive: archive of the source on the node; empty where the source lies on the nodes already.
         remote: path of such a source.
-        supervisor: text of the supervisor.
+        programs: name and text of each file that lies beside the source.
         expected: hash that the source must have; empty for a source that lies on the nodes.
 
     Raises:
@@ -77,7 +76,8 @@ def stage(root: str, release: str, archive: str, remote: str, supervisor: str, e
         source_tree.unpack(archive, source)
     else:
         os.symlink(remote, source)
-    environment.write_atomically(os.path.join(partial, SUPERVISOR), supervisor)
+    for name, text in programs.items():
+        environment.write_atomically(os.path.join(partial, name), text)
     found = source_hash(partial)
     if not found or (expected and found != expected):
         raise source_tree.SourceError(f"the source has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")

@@ -13,6 +13,8 @@ FINAL_EXIT_CODES = (2, 10)
 MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
+# Stands in for torch.distributed.run where torch may have been built without libuv; it finds that out when it starts.
+WITHOUT_LIBUV = "torchrun_without_libuv.py"
 # What every process of a job lives under (systemd.exec(5)), and what a measurement for the job must live under too.
 # The unit's template tells which directives training cannot bear.
 SERVICE_PROPERTIES = (
@@ -98,12 +100,21 @@ def place(unit: str) -> dict[str, str]:
     return dict(reversed(found))  # the script's own arguments come after torchrun's
 
 
+def torchrun_program(node: t.Mapping[str, t.Any], folder: str) -> list[str]:
+    """Return how a node starts torch.distributed.run: by itself, or where torch is the distribution's by a program of ours.
+
+    Args:
+        node: its entry of the plan.
+        folder: where our programs lie on the node.
+    """
+    distributions_own = node["pytorch"]["environment"].rstrip("/") == "/usr"
+    return [node["python"], *([f"{folder}/{WITHOUT_LIBUV}"] if distributions_own else ["-m", "torch.distributed.run"])]
+
+
 def torchrun_command(job: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[str]:
     """Return the command that one would type by hand on a node. Static rendezvous, since c10d ignores --node-rank."""
     return [
-        node["python"],
-        "-m",
-        "torch.distributed.run",
+        *torchrun_program(node, f"{job['root']}/current"),
         f"--nnodes={job['nnodes']}",
         f"--node-rank={node['rank']}",
         f"--nproc-per-node={node['nproc']}",

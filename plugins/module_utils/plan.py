@@ -77,14 +77,14 @@ class Release:
         hash: hash of its files; empty for a source that lies on the nodes.
         script: the script inside it.
         path: its path on the control node, or on the nodes.
-        supervisor: hash of the supervisor that goes with it.
+        programs: hash of the supervisor and the other programs that go with it.
         problems: what is wrong with it.
     """
 
     hash: str
     script: str
     path: str = ""
-    supervisor: str = ""
+    programs: str = ""
     problems: tuple[Problem, ...] = ()
 
 
@@ -311,9 +311,9 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, 
         "source": str(variables.get("torchrun_source") or ""),
         "source_path": release.path,
         "source_hash": release.hash,
-        "supervisor_hash": release.supervisor,
+        "programs_hash": release.programs,
     }
-    made_of = {key: settings[key] for key in ("script", "args", "user_environment", "source", "source_hash", "supervisor_hash")}
+    made_of = {key: settings[key] for key in ("script", "args", "user_environment", "source", "source_hash", "programs_hash")}
     if release.hash:
         made_of.pop("source")  # the same files from another folder are the same release
     made_of["torch"] = [variables.get(f"pytorch_{key}") for key in ("version", "packages", "environment")]

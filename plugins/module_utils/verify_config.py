@@ -243,7 +243,9 @@ def node(
     ports: t.Mapping[str, t.Any],
     worker_config: t.Mapping[str, t.Any],
 ) -> dict[str, t.Any]:
-    """Return the configuration of the program on the nodes; each node adds its own ``rank`` and ``python``.
+    """Return the configuration of the program on the nodes; each node adds its own ``rank``, ``python`` and ``torchrun``.
+
+    ``torchrun`` is how a node starts torch.distributed.run.
 
     Args:
         settings: the settings.

@@ -66,10 +66,10 @@ options:
     description: Archive of the source on the node; set by the action plugin.
     type: path
     default: ""
-  supervisor:
-    description: Text of the supervisor.
-    type: str
-    default: ""
+  programs:
+    description: Name and text of each file that lies beside the source of a release, such as the supervisor.
+    type: dict
+    default: {}
   unit:
     description: Text of the systemd unit.
     type: str
@@ -230,7 +230,7 @@ class Node:
         remote = self.params["source_path"] if self.params["source_remote"] else ""
         try:
             job_folders.stage(
-                root, release, self.params["archive"], remote, self.params["supervisor"], self.params["source_hash"]
+                root, release, self.params["archive"], remote, self.params["programs"], self.params["source_hash"]
             )
         except (OSError, source_tree.SourceError) as error:
             self.module.fail_json(msg=f"the release {release} cannot be staged: {error}; run the play again")
@@ -402,7 +402,7 @@ def main() -> None:
             "source_remote": {"type": "bool", "default": False},
             "source_hash": {"type": "str", "default": ""},
             "archive": {"type": "path", "default": ""},
-            "supervisor": {"type": "str", "default": ""},
+            "programs": {"type": "dict", "default": {}},
             "unit": {"type": "str", "default": ""},
             "environment": {"type": "dict", "default": {}, "no_log": True},
             "secret": {"type": "str", "default": "", "no_log": True},

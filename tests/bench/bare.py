@@ -12,7 +12,9 @@ import asyncssh
 
 async def check(address: str, user: str, key: str, script: str) -> int:
     async with asyncssh.connect(address, username=user, client_keys=[key], known_hosts=None, connect_timeout=20) as connection:
-        done = await connection.run("sudo sh -s", input=script, check=True)
+        done = await connection.run("sudo sh -s", input=script)
+    if done.exit_status:
+        raise SystemExit(f"{address}: {done.stderr}")
     return len(done.stdout)
 
 

@@ -10,12 +10,12 @@ date +%s.%N
 ip -json address
 ip -json route
 ss --tcp --listening --numeric --processes
-ls /sys/bus/pci/devices /dev/shm
+ls /sys/bus/pci/devices /dev/shm 2>/dev/null || true   # a machine may have no PCI bus
 systemctl show torchrun-* nftables.service --property=Id,ActiveState,SubState,MainPID,ControlGroup,UnitFileState
 nft --stateless list ruleset
 find /etc/nftables* /etc/nccl.conf /etc/sysctl.d /etc/security/limits.d -type f -exec sha256sum {} + 2>/dev/null || true
 sha256sum "/etc/systemd/system/$unit"
 find "$job" -maxdepth 2 -printf '%M %u %g %p\n'
-find "$job/current/" -type f -exec sha256sum {} +
+find "$job/releases" -type f -exec sha256sum {} +
 dpkg-query --show nftables python3-venv 2>/dev/null || true
 find /opt/onprem.torch -maxdepth 5 -name '*.dist-info'

@@ -32,6 +32,30 @@ def _nspawn():
 nspawn = _nspawn()
 
 
+def family(roots):
+    """Some processes and all that descend from them, by this host's ids."""
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                parents[int(entry)] = int(pathlib.Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def send(pids, number):
+    """A signal for processes; some may have ended."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
 class Node:
     """One node, looked at from outside its network."""
 
@@ -52,7 +76,7 @@ class Node:
 
     def module(self):
         """This host's ids of the processes of a module that Ansible runs there: from sudo down."""
-        parents, roots = {}, []
+        roots = []
         space = os.readlink(f"/proc/{self.leader()}/ns/pid")
         for entry in os.listdir("/proc"):
             if not entry.isdigit():
@@ -61,18 +85,14 @@ class Node:
                 if os.readlink(f"/proc/{entry}/ns/pid") != space:
                     continue
                 words = pathlib.Path(f"/proc/{entry}/cmdline").read_bytes()
-                parents[int(entry)] = int(pathlib.Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
             if b"BECOME-SUCCESS" in words:
                 roots.append(int(entry))
-        found = set(roots)
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return found
+        return family(roots)
 
     def runs(self, word):
-        """Whether a module runs a command with this word in it."""
+        """Whether a module runs a command with this in it; words end with a NUL."""
         for pid in self.module():
             try:
                 if word in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode():
@@ -95,6 +115,7 @@ class Cut:
         self.nodes = [Node(name) for name in NAMES]
         self.round = 0
         self.root = "/opt/onprem.torch"
+        self.source = ""  # empty for the inventory's
 
     def lab(self, state):
         done = subprocess.run([sys.executable, "-m", "ansible", "playbook", "playbooks/lab.yml", "-i", LAB, "-e", f"lab_state={state}"],
@@ -110,9 +131,10 @@ class Cut:
     def start(self):
         """Begin a run of train.yml with the job's variables as they are now."""
         variables = {"torchrun_environment": {"ROUND": str(self.round)}, "pytorch_root": self.root}
-        # The README's command, in a session of its own so that one signal ends it with all its forks.
+        if self.source:
+            variables["torchrun_source"] = self.source
         return subprocess.Popen([sys.executable, "-m", "ansible", "playbook", "train.yml", "-i", LAB, "-e", json.dumps(variables)],
-                                cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                                cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def run(self):
         """A run that nobody kills; its output."""
@@ -122,20 +144,31 @@ class Cut:
         return output
 
     def kill_play(self, process):
-        """SIGKILL for ansible-playbook; what it has started on the nodes goes on."""
-        os.killpg(process.pid, signal.SIGKILL)
+        """SIGKILL for ansible-playbook and its forks, as when its machine dies; what it has started on the nodes goes on.
+
+        Forks are sessions of their own, so no group of processes holds them all; stopped first, none of them can fork.
+        """
+        found = set()
+        while more := family([process.pid]) - found:
+            send(more, signal.SIGSTOP)
+            found |= more
+        send(found, signal.SIGKILL)
+        process.communicate()
+
+    def kill_main(self, process):
+        """SIGKILL for ansible-playbook alone: each of its forks still brings its task to an end."""
+        process.kill()
         process.communicate()
 
     def kill_modules(self, process, nodes=None):
         """SIGKILL for what runs on the nodes; returns what ansible-playbook says of it."""
-        for node in nodes or self.nodes:
-            for pid in node.module():
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        send(set().union(*(node.module() for node in nodes or self.nodes)), signal.SIGKILL)
         output, _nothing = process.communicate(timeout=600)
         return output
+
+    def installs(self, node):
+        """Whether uv installs there into the environment that the newest run asked for."""
+        return node.runs(f"\0pip\0install\0--python\0{self.root}/environments/")
 
     def when(self, process, condition):
         """Wait for a moment; whether it came before the run's end."""

@@ -39,7 +39,7 @@ def main(times: int, seed: int) -> int:
                     node.shell(f"rm -rf /opt/old; [ ! -d {cut.root} ] || true")
                 cut.root = f"/opt/onprem.torch-{number}"
             moment = chance.uniform(0.5, long if install else short)
-            victim = chance.choice(["ansible-playbook", "the modules"])
+            victim = chance.choice(["ansible-playbook", "ansible-playbook with its forks", "the modules"])
             process = cut.start()
             time.sleep(moment)
             over = process.poll() is not None
@@ -48,6 +48,8 @@ def main(times: int, seed: int) -> int:
                 if over:
                     process.communicate()
                 elif victim == "ansible-playbook":
+                    cut.kill_main(process)
+                elif victim == "ansible-playbook with its forks":
                     cut.kill_play(process)
                 else:
                     cut.kill_modules(process)

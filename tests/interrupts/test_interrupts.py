@@ -3,7 +3,12 @@
 """Runs that are killed at chosen moments, one after the other on the same nodes. Run as root: pytest tests/interrupts"""
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import time
+
+from cut import ROOT
 
 
 def test_from_nothing_to_training_through_three_kills(cut):
@@ -14,15 +19,17 @@ def test_from_nothing_to_training_through_three_kills(cut):
     wheels = first.folder / "opt/onprem.torch/wheels"
     assert cut.when(process, lambda: wheels.is_dir() and len(list(wheels.iterdir())) > 2), process.communicate()[0][-3000:]
     cut.kill_play(process)
+    assert not list(wheels.glob("torch-*.whl")), "it died too late to be in the middle"
     assert {entry["state"] for entry in cut.check().values()} == {"inactive"}
 
     # The module dies with uv in the middle of the installation. Each time into another folder, so that there is one.
     cut.quiet()
     cut.root = "/opt/second"
     process = cut.start()
-    assert cut.when(process, lambda: first.runs("\0pip\0install\0")), process.communicate()[0][-3000:]
+    assert cut.when(process, lambda: cut.installs(first)), process.communicate()[0][-3000:]
     output = cut.kill_modules(process, [first])
     assert process.returncode != 0 and "Traceback" not in output, output
+    assert re.search(r"cut1 .*(failed|unreachable)=1", output), output
     environments = first.folder / "opt/second/environments"
     assert list(environments.iterdir()) and not list(environments.glob("*/.onprem-torch.json")), "the environment claims to be whole"
     cut.check()
@@ -31,8 +38,9 @@ def test_from_nothing_to_training_through_three_kills(cut):
     cut.quiet()
     cut.root = "/opt/third"
     process = cut.start()
-    assert cut.when(process, lambda: first.runs("\0pip\0install\0")), process.communicate()[0][-3000:]
+    assert cut.when(process, lambda: cut.installs(first)), process.communicate()[0][-3000:]
     cut.kill_play(process)
+    assert cut.installs(first), "the installation was to go on"
     cut.check()
 
     cut.converged()
@@ -48,17 +56,20 @@ def test_switch_that_is_killed_after_the_stop(cut):
     cut.converged()
 
 
-def test_release_that_is_killed_while_it_is_staged(cut):
+def test_release_that_is_killed_while_it_is_staged(cut, tmp_path):
+    # So much beside the script that unpacking it takes a while.
+    shutil.copytree(ROOT / "tests/faults/project", tmp_path / "project")
+    (tmp_path / "project/data.bin").write_bytes(os.urandom(64 << 20))
+    cut.source = str(tmp_path / "project")
     releases = cut.nodes[1].folder / "var/lib/torchrun/train/releases"
-    for _attempt in range(3):  # it takes milliseconds, so it may be over before it is seen
-        cut.round += 1
-        process = cut.start()
-        if cut.when(process, lambda: any(path.name.endswith(".partial") for path in releases.iterdir())):
-            output = cut.kill_modules(process)
-            assert "Traceback" not in output, output
-            break
-        process.communicate()
+    cut.round += 1
+    process = cut.start()
+    assert cut.when(process, lambda: list(releases.glob("*.partial"))), process.communicate()[0][-3000:]
+    output = cut.kill_modules(process)
+    assert process.returncode != 0 and "Traceback" not in output, output
+    assert list(releases.glob("*.partial")), "it died too late to be in the middle"
     cut.check()
+    cut.source = ""
     cut.converged()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import launch
 from supervisor_support import load
+
+ROLES = pathlib.Path(__file__).parents[2] / "roles"
 
 JOB = {"root": "/var/lib/torchrun/train", "release": "abc", "checkpoint_dir": "/ckpt", "shm_free_mib": 64, "disk_free_mib": 1024}
 
@@ -35,3 +39,21 @@ def test_the_place_of_a_unit_in_the_cluster():
         "--nnodes=2 --node-rank=1 --master-addr=10.0.0.1 --master-port=29500 a.py --nnodes=7\n"
     )
     assert launch.place(unit) == {"nnodes": "2", "node-rank": "1", "master-addr": "10.0.0.1", "master-port": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "program"),
+    [
+        ("/opt/onprem.torch/environments/abc", ["-m", "torch.distributed.run"]),
+        ("/usr", ["/folder/torchrun_without_libuv.py"]),
+        ("/usr/", ["/folder/torchrun_without_libuv.py"]),
+        ("/usr/local/env", ["-m", "torch.distributed.run"]),
+    ],
+)
+def test_only_a_distributions_torch_may_lack_libuv(environment, program):
+    place = {"python": "/a/python3", "pytorch": {"environment": environment}}
+    assert launch.torchrun_program(place, "/folder") == ["/a/python3", *program]
+
+
+def test_the_program_for_a_torch_without_libuv_is_shipped():
+    assert (ROLES / "torchrun/files" / launch.WITHOUT_LIBUV).is_file()

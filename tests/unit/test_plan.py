@@ -141,12 +141,12 @@ def test_a_release_follows_what_is_run_and_not_where_it_lies():
         return planning.make("train", [host(**variables)], made)[0]["job"]["release"]
 
     usual = release()
-    moved = planning.Release(RELEASE.hash, RELEASE.script, "/elsewhere", RELEASE.supervisor)
+    moved = planning.Release(RELEASE.hash, RELEASE.script, "/elsewhere", RELEASE.programs)
     assert release(moved, torchrun_source="/elsewhere") == usual
     assert release(torchrun_args=["--epochs=3"]) != usual
     assert release(torchrun_environment={"A": "1"}) != usual
     assert release(pytorch_version="2.12.0") != usual
-    assert release(planning.Release("00" * 32, RELEASE.script, RELEASE.path, RELEASE.supervisor)) != usual
+    assert release(planning.Release("00" * 32, RELEASE.script, RELEASE.path, RELEASE.programs)) != usual
 
 
 def test_processes_follow_gpus_then_devices():

@@ -26,10 +26,11 @@ def test_unit_holds_the_command_that_one_would_type(host, node, plan):
     job = plan["job"]
     text = host.file(f"/etc/systemd/system/{UNIT}").content_string
     command = re.search(r" -- \\\n\s+(.*)\n", text).group(1)
+    # The distribution's torch may have been built without libuv (Debian 13), which torch.distributed.run takes for granted.
+    launcher = ["/var/lib/torchrun/train/current/torchrun_without_libuv.py"]
     assert shlex.split(command) == [
         node["python"],
-        "-m",
-        "torch.distributed.run",
+        *(launcher if node["pytorch"]["environment"] == "/usr" else ["-m", "torch.distributed.run"]),
         f"--nnodes={len(plan['nodes'])}",
         f"--node-rank={node['rank']}",
         f"--nproc-per-node={node['nproc']}",

@@ -443,9 +443,7 @@ class Node:
     def command(self) -> list[str]:
         """Return the command of torch.distributed.run, as the job's."""
         return [
-            self.config["python"],
-            "-m",
-            "torch.distributed.run",
+            *self.config["torchrun"],
             f"--nnodes={len(self.config['nodes'])}",
             f"--node-rank={self.me['rank']}",
             f"--nproc-per-node={self.me['nproc']}",
