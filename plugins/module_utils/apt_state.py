@@ -175,6 +175,9 @@ def parse_sizes(text: str) -> tuple[int, int]:
 def complaint(text: str) -> str:
     """Return the reason in apt's output, shortened to one line: what could not be fetched or verified, and why."""
     lines = [line.strip() for line in text.splitlines()]
+    failed = broken_scripts(text)
+    if failed:
+        return failed
     told = [line for line in lines if re.match(r"(E|W|Err):", line)]
     details = [
         line
@@ -187,6 +190,21 @@ def complaint(text: str) -> str:
     ]
     chosen = (details or told or lines or ["no reason was given"])[:2]
     return " ".join(re.sub(r"^(E|W|Err):\d*\s*", "", line) for line in chosen)[:400].rstrip(".")
+
+
+def broken_scripts(text: str) -> str:
+    """Return which packages dpkg could not set up, and the log of the build where DKMS names one; empty where none failed."""
+    names = sorted(set(re.findall(r"dpkg: error processing (?:package|archive) (\S+)", text)))
+    if not names:
+        return ""
+    logs = re.findall(r"[Cc]onsult (/\S+\.log)", text)
+    reason = f"a kernel module was not built, see {logs[0].rstrip('.')}" if logs else "their scripts or files fail"
+    return f"dpkg cannot set up {', '.join(names)}: {reason}"
+
+
+def lists_locked(text: str) -> bool:
+    """Return whether C(apt-get update) gave up since another one was at work."""
+    return bool(re.search(r"Could not get lock /var/lib/apt/lists|Unable to lock directory /var/lib/apt/lists", text))
 
 
 def failed_update(text: str, url: str) -> bool:

@@ -119,6 +119,11 @@ def reboot_word(variables: Variables, node: Node, expected: bool) -> str:
     return "once"
 
 
+def is_ours(node: Node, manifest: Manifest) -> bool:
+    """Return whether this collection has installed a node's driver: its pins name the family, and not a single package."""
+    return not set(manifest["driver_family"]).isdisjoint(node.get("own_pins") or [])
+
+
 def settings_of(packages: list[dict[str, str]], pinned: t.Sequence[str], version: str, source: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """Return the settings of the module nvidia_packages for a driver or its fabric manager."""
     return {
@@ -230,9 +235,12 @@ def decide(
         and numbers(running) >= numbers(line["minimum_driver"])
         and not (state.get("open") is False and any(capability(gpu) >= BLACKWELL for gpu in cards))
     )
-    if fits and not wanted and running != version:
-        found, advice = kept(variables, node, source, manifest, running)
-        return {**result, **found}, advice
+    if fits and not wanted:
+        if not is_ours(node, manifest):
+            found, advice = kept(variables, node, source, manifest, running)
+            return {**result, **found}, advice
+        # Ours stays whole at its version: pins of fewer packages would release the others.
+        version = running
     found, advice = installed(variables, node, source, manifest, version)
     return {**result, **found}, advice
 

@@ -73,6 +73,19 @@ def test_madison_and_simulation():
         ("Err:1 http://x / InRelease\n  Could not connect to 198.18.0.9:80 (198.18.0.9). - connect (111: Connection refused)\n", "Could not connect"),
         ("W: GPG error: http://x / Release: Not verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
         ("E: Unable to locate package x\n", "Unable to locate package x"),
+        (
+            "Error! Bad return status for module build on kernel: 6.1.0-30-amd64 (x86_64)\n"
+            "Consult /var/lib/dkms/nvidia/580.105.08/build/make.log for more information.\n"
+            "dpkg: error processing package nvidia-kernel-open-dkms (--configure):\n"
+            " installed nvidia-kernel-open-dkms package post-installation script subprocess returned error exit status 10\n"
+            "E: Sub-process /usr/bin/dpkg returned an error code (1)\n",
+            "nvidia-kernel-open-dkms: a kernel module was not built, see /var/lib/dkms/nvidia/580.105.08/build/make.log",
+        ),
+        (
+            "dpkg: error processing archive /var/cache/apt/archives/x_1_all.deb (--unpack):\n trying to overwrite '/usr/x', which is also in package y 1\n"
+            "E: Sub-process /usr/bin/dpkg returned an error code (1)\n",
+            "dpkg cannot set up /var/cache/apt/archives/x_1_all.deb",
+        ),
     ],
 )
 def test_apts_complaint_in_one_line(text, word):
