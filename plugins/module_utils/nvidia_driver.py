@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
@@ -80,9 +81,32 @@ def fabric_packages(version: str, node: Node, manifest: Manifest) -> list[dict[s
     return found + [{"name": name, "version": ""} for name in names["nvlink5"] if fabric_of(node).get("nvlink_bridges")]
 
 
+def headers(node: Node) -> list[str]:
+    """Return the packages of kernel headers that DKMS needs: for the running kernel, and for those that boot later.
+
+    A newer kernel that is installed already is booted next. A package without a version in its name, such as
+    linux-image-amd64, brings later ones, and its counterpart their headers.
+    """
+    running = str(node.get("kernel") or "")
+    found = [f"linux-headers-{running}"]
+    for name, entry in sorted(packages_of(node).items()):
+        match = re.fullmatch(r"linux-image-(?!unsigned-|extra-)(\S+?)", name)
+        if not match or entry.get("state") != "installed" or name.endswith(("-dbg", "-unsigned")):
+            continue
+        release = match.group(1)
+        if not release[0].isdigit() or kernel_numbers(release) > kernel_numbers(running):
+            found.append(f"linux-headers-{release}")
+    return found
+
+
+def kernel_numbers(release: str) -> list[int]:
+    """Return a kernel release's numbers, for comparing: ``6.1.0-30-amd64`` → [6, 1, 0, 30, 64]."""
+    return [int(part) for part in re.findall(r"\d+", release)]
+
+
 def driver_packages(version: str, modules: str, fabric: bool, node: Node, manifest: Manifest) -> list[dict[str, str]]:
-    """Return the packages of a driver with exact versions, the headers of the running kernel first."""
-    found = [{"name": f"linux-headers-{node.get('kernel')}", "version": ""}]
+    """Return the packages of a driver with exact versions, the headers of the kernels first."""
+    found = [{"name": name, "version": ""} for name in headers(node)]
     found += [{"name": name, "version": f"{version}-*"} for name in names_of(version, node, manifest)[modules]]
     return [*found, *(fabric_packages(version, node, manifest) if fabric else [])]
 

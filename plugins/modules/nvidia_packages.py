@@ -435,7 +435,7 @@ class Node:
                 chosen.append(f"{entry['name']}={fitting[0]}" if entry["version"] else entry["name"])
             elif strict and entry["name"].startswith("linux-headers-"):
                 self.fail(
-                    f"this node's apt sources have no {entry['name']}, which DKMS needs for the running kernel; "
+                    f"this node's apt sources have no {entry['name']}, which DKMS needs for a kernel that is installed; "
                     "install the newest kernel (apt-get full-upgrade), reboot into it and run this again"
                 )
             elif strict:

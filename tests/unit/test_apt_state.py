@@ -139,3 +139,23 @@ def test_what_a_set_pins_no_more_is_released():
     pins = [{"packages": ["cuda-toolkit-13-0"], "version": "1"}]
     assert apt_state.released(packages, pins, ["cuda-toolkit-12-9", "cuda-toolkit-13-0"]) == ["cuda-toolkit-12-9"]
     assert apt_state.released(packages, pins, []) == []
+
+
+def test_no_key_hides_behind_another_one():
+    body = b"\x04" + bytes(20)
+    one = b"\x99" + len(body).to_bytes(2, "big") + body
+    assert len(openpgp.fingerprints(one)) == 1 and len(openpgp.fingerprints(one + one)) == 2
+    with pytest.raises(openpgp.KeyFileError, match="another version"):
+        openpgp.fingerprints(one + one.replace(b"\x04", b"\x06"))
+
+
+@pytest.mark.parametrize(
+    ("text", "locked"),
+    [
+        ("E: Could not get lock /var/lib/apt/lists/lock. It is held by process 87 (apt-get)\nE: Unable to lock directory /var/lib/apt/lists/\n", True),
+        ("E: Could not get lock /var/lib/dpkg/lock-frontend\n", False),
+        ("", False),
+    ],
+)
+def test_another_update_at_work(text, locked):
+    assert apt_state.lists_locked(text) is locked

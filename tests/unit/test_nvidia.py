@@ -71,6 +71,27 @@ def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, mach
 
 
 @pytest.mark.parametrize(
+    ("running", "images", "headers"),
+    [
+        ("6.1.0-30-amd64", [], ["6.1.0-30-amd64"]),
+        ("6.1.0-30-amd64", ["6.1.0-28-amd64", "6.1.0-30-amd64", "amd64"], ["6.1.0-30-amd64", "amd64"]),
+        ("6.1.0-9-amd64", ["6.1.0-10-amd64"], ["6.1.0-9-amd64", "6.1.0-10-amd64"]),
+        ("6.12.48+deb13-cloud-amd64", ["6.12.57+deb13-cloud-amd64", "cloud-amd64"], ["6.12.48+deb13-cloud-amd64", "6.12.57+deb13-cloud-amd64", "cloud-amd64"]),
+        ("6.8.0-45-generic", ["6.8.0-90-generic", "generic-hwe-24.04"], ["6.8.0-45-generic", "6.8.0-90-generic", "generic-hwe-24.04"]),
+        ("6.8.0-45-generic", ["unsigned-6.8.0-90-generic", "6.8.0-90-generic-dbg"], ["6.8.0-45-generic"]),
+        ("6.1.0-30-amd64", ["6.1.0-31-amd64-unsigned"], ["6.1.0-30-amd64"]),
+    ],
+)
+def test_kernels_that_boot_later_get_their_headers_too(tmp_path, running, images, headers):
+    findings = found(tmp_path, L40S)
+    entry = {"version": "1", "want": "install", "flag": "ok", "state": "installed"}
+    findings.update(kernel=running, packages={f"linux-image-{name}": entry for name in images})
+    _line, decision, problems = decide(findings)
+    assert problems == []
+    assert [name for name in names(decision) if name.startswith("linux-")] == [f"linux-headers-{name}" for name in headers]
+
+
+@pytest.mark.parametrize(
     ("machine", "variables", "line"),
     [
         (H100, {}, "13.0"),
