@@ -68,14 +68,13 @@ def lacking(packages: Installed, wanted: t.Sequence[t.Mapping[str, str]]) -> lis
 
 
 def family(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, str]:
-    """Return the installed packages that a pin names, each with the version it should have."""
-    return {
-        name: str(pin["version"])
-        for name in sorted(packages)
-        if installed(packages, name)
-        for pin in pins
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"])
-    }
+    """Return the installed packages that a pin names, each with the version that the first such pin gives; empty for any."""
+    found: dict[str, str] = {}
+    for pin in pins:
+        for name in sorted(packages):
+            if installed(packages, name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"]):
+                found.setdefault(name, str(pin["version"]))
+    return found
 
 
 def chosen(packages: Installed, patterns: t.Sequence[str]) -> Installed:
@@ -136,9 +135,13 @@ def released(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]], forme
 
 
 def preferences(pins: t.Sequence[t.Mapping[str, t.Any]]) -> str:
-    """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too."""
+    """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too.
+
+    Packages that are held at whatever version they have get apt's usual priority: the file says whose holds they are.
+    """
     paragraphs = [
-        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version']}\nPin-Priority: 1001\n" for pin in pins
+        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version'] or '*'}\nPin-Priority: {1001 if pin['version'] else 500}\n"
+        for pin in pins
     ]
     return "# Managed by onprem.torch.\n" + "\n".join(paragraphs)
 

@@ -185,7 +185,11 @@ def cuda(name: str, variables: Variables, source: t.Mapping[str, t.Any], manifes
             "name": "cuda",
             "repository": dict(source),
             "packages": [{"name": line["toolkit"], "version": version}],
-            "pins": [{"packages": [line["toolkit"]], "version": version}],
+            # The toolkit's parts have versions of their own, and it asks for at least those: they are held as they came.
+            "pins": [
+                {"packages": [line["toolkit"]], "version": version},
+                {"packages": [pattern.format(line=name.replace(".", "-")) for pattern in manifest["toolkit_parts"]], "version": ""},
+            ],
         },
     }
 

@@ -148,14 +148,16 @@ def is_ours(node: Node, manifest: Manifest) -> bool:
     return not set(manifest["driver_family"]).isdisjoint(node.get("own_pins") or [])
 
 
-def settings_of(packages: list[dict[str, str]], pinned: t.Sequence[str], version: str, source: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+def settings_of(
+    packages: list[dict[str, str]], pinned: t.Sequence[str], version: str, source: t.Mapping[str, t.Any], manifest: Manifest
+) -> dict[str, t.Any]:
     """Return the settings of the module nvidia_packages for a driver or its fabric manager."""
-    return {
-        "name": "nvidia_driver",
-        "repository": dict(source),
-        "packages": packages,
-        "pins": [{"packages": list(pinned), "version": f"{version}-*"}],
-    }
+    pins = [{"packages": list(pinned), "version": f"{version}-*"}]
+    # NVLink 5's subnet manager has a version of its own, at which it is held.
+    loose = [entry["name"] for entry in packages if entry["name"] in manifest["packages"]["fabric_manager"]["nvlink5"]]
+    if loose:
+        pins.append({"packages": loose, "version": ""})
+    return {"name": "nvidia_driver", "repository": dict(source), "packages": packages, "pins": pins}
 
 
 def kept(
@@ -171,7 +173,7 @@ def kept(
     name = packages[0]["name"]
     if fabric_of(node).get("manager_running") and str((there.get(name) or {}).get("version", f"{running}-")).startswith(f"{running}-"):
         return {"action": "keep"}, []
-    settings = settings_of(packages, [name], running, source)
+    settings = settings_of(packages, [name], running, source, manifest)
     settings.update(services=[FABRIC_UNIT], kernel_module="nvidia", kernel_module_version=running)
     return {"action": "keep", "wanted": True, "settings": settings}, []
 
@@ -216,7 +218,7 @@ def installed(
         "reboot_expected": expected,
         "reboot": reboot_word(variables, node, True),
         "settings": {
-            **settings_of(chosen, manifest["driver_family"], version, source),
+            **settings_of(chosen, manifest["driver_family"], version, source, manifest),
             "files": files,
             "services": [PERSISTENCE_UNIT, DEVICES_UNIT, *([FABRIC_UNIT] if fabric else [])],
             "kernel_module": "nvidia",

@@ -83,7 +83,7 @@ options:
             elements: str
             required: true
           version:
-            description: Their version, which may end in C(*).
+            description: Their version, which may end in C(*). Empty to hold them at the one that they have.
             type: str
             required: true
       files:

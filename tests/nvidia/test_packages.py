@@ -11,8 +11,13 @@ import typing as t
 import apt_repository
 import conftest
 import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia
+from builders import MANIFEST
 
 OLD, NEW = "580.105.08-1", "580.159.03-1ubuntu1"
+UPGRADE = "DEBIAN_FRONTEND=noninteractive apt-get --yes full-upgrade"
+# Only the new repository is asked, so that the nodes' other packages stay as they are.
+UPDATE = "apt-get -o Dir::Etc::SourceList=/etc/apt/sources.list.d/onprem-torch-nvidia.sources -o Dir::Etc::SourceParts=/dev/null update"
 PACKAGES = ("nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager")
 FAMILY = ["nvidia-*", "libnvidia-*", "libcuda1", "firmware-nvidia-*"]
 WHOLE = {package.name for package in apt_repository.driver(OLD)} - {"nvidia-kernel-dkms"}
@@ -75,15 +80,12 @@ def test_a_full_upgrade_leaves_the_set_alone(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
     succeeded(nodes.bring(driver(source)))
     source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
-    upgrade = "DEBIAN_FRONTEND=noninteractive apt-get --yes full-upgrade"
-    # Only the new repository is asked, so that the nodes' other packages stay as they are.
-    update = "apt-get -o Dir::Etc::SourceList=/etc/apt/sources.list.d/onprem-torch-nvidia.sources -o Dir::Etc::SourceParts=/dev/null update"
-    nodes.run(f"{update} && {upgrade}")
+    nodes.run(f"{UPDATE} && {UPGRADE}")
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "pinned and held"
-    for text in nodes.run(f"rm /etc/apt/preferences.d/onprem-torch-* && {upgrade}").values():
+    for text in nodes.run(f"rm /etc/apt/preferences.d/onprem-torch-* && {UPGRADE}").values():
         assert "kept back" in text
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "held alone"
-    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && {upgrade}")
+    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && {UPGRADE}")
     assert nodes.versions() == [dict.fromkeys(WHOLE, NEW)] * 2, "without pin and hold the newer one was really on offer"
     succeeded(nodes.bring(driver(source)))
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2 and nodes.held() == [WHOLE] * 2
@@ -98,17 +100,31 @@ def test_other_kernel_modules_replace_the_open_ones(nodes, source):
     assert all("nvidia-kernel-dkms" in held for held in nodes.held())
 
 
-def test_sets_beside_each_other_keep_their_own(nodes, source):
-    nccl, toolkit = "2.28.9-1+cuda13.0", "13.0.2-1"
-    source.repository.offer([*apt_repository.nccl(nccl), *apt_repository.nccl("2.29.7-1+cuda12.9"), *apt_repository.toolkit("13.0", toolkit)])
+def toolkit(source: conftest.Source) -> dict[str, t.Any]:
+    """Return the settings of the toolkit as the plan gives them."""
+    settings = nvidia.cuda("13.0", {"cuda_toolkit": True}, source.settings, MANIFEST)["settings"]
+    assert settings["name"] == "cuda"
+    return settings
+
+
+def test_sets_beside_each_other_keep_their_own_through_a_full_upgrade(nodes, source):
+    nccl, tools = "2.28.9-1+cuda13.0", "13.0.2-1"
+    source.repository.offer([*apt_repository.nccl(nccl), *apt_repository.toolkit("13.0", tools)])
     succeeded(nodes.bring(library(source, nccl)))
-    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "13.0.2-*"}]
-    tools = {"name": "cuda", "repository": source.settings, "packages": [{"name": "cuda-toolkit-13-0", "version": "13.0.2-*"}], "pins": pins}
-    succeeded(nodes.bring(tools))
-    assert nodes.held() == [{"libnccl2", "libnccl-dev", "cuda-toolkit-13-0"}] * 2
-    both = {"libnccl2": nccl, "libnccl-dev": nccl, "cuda-toolkit-13-0": toolkit, "cuda-nvcc-13-0": toolkit}
+    succeeded(nodes.bring(toolkit(source)))
+    whole = {"libnccl2", "libnccl-dev", "cuda-toolkit-13-0", "cuda-nvcc-13-0"}
+    assert nodes.held() == [whole] * 2
+    both = {"libnccl2": nccl, "libnccl-dev": nccl, "cuda-toolkit-13-0": tools, "cuda-nvcc-13-0": tools}
     assert nodes.versions() == [both] * 2
     succeeded(nodes.bring(library(source, nccl)), changed=False)
+    succeeded(nodes.bring(toolkit(source)), changed=False)
+    newer = {"libnccl2": "2.30.1-1+cuda13.0", "libnccl-dev": "2.30.1-1+cuda13.0", "cuda-toolkit-13-0": "13.0.9-1", "cuda-nvcc-13-0": "13.0.9-1"}
+    offered = [*apt_repository.nccl(newer["libnccl2"]), *apt_repository.toolkit("13.0", "13.0.9-1")]
+    source.repository.offer([*apt_repository.nccl(nccl), *apt_repository.toolkit("13.0", tools), *offered])
+    nodes.run(f"{UPDATE} && {UPGRADE}")
+    assert nodes.versions() == [both] * 2, "parts of the toolkit too"
+    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && rm /etc/apt/preferences.d/onprem-torch-* && {UPGRADE}")
+    assert nodes.versions() == [newer] * 2, "the newer ones were really on offer"
 
 
 @pytest.mark.parametrize("victim", ["dpkg", "play"])

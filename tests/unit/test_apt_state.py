@@ -159,3 +159,14 @@ def test_no_key_hides_behind_another_one():
 )
 def test_another_update_at_work(text, locked):
     assert apt_state.lists_locked(text) is locked
+
+
+def test_what_is_held_at_whatever_version_it_has_is_never_torn_and_never_raised():
+    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "13.0.2-*"}, {"packages": ["cuda-*-13-0*"], "version": ""}]
+    text = apt_state.preferences(pins)
+    assert "Package: cuda-toolkit-13-0\nPin: version 13.0.2-*\nPin-Priority: 1001\n" in text
+    assert "Package: cuda-*-13-0*\nPin: version *\nPin-Priority: 500\n" in text
+    entry = {"want": "hold", "flag": "ok", "state": "installed"}
+    packages = {"cuda-toolkit-13-0": {**entry, "version": "13.0.1-1"}, "cuda-nvcc-13-0": {**entry, "version": "13.0.88-1"}}
+    assert apt_state.family(packages, pins) == {"cuda-nvcc-13-0": "", "cuda-toolkit-13-0": "13.0.2-*"}
+    assert apt_state.foreign_holds(packages, [], pins, []) == [("cuda-toolkit-13-0", "13.0.1-1", "13.0.2-*")]

@@ -288,6 +288,16 @@ def test_the_toolkit_and_nccl_of_the_line(tmp_path):
     _line, decision, _problems = decide(found(tmp_path, H100), cuda_version="12.9", cuda_toolkit=True, nccl_library=True)
     assert decision["cuda"]["settings"]["packages"] == [{"name": "cuda-toolkit-12-9", "version": "12.9.1-*"}]
     assert {entry["version"] for entry in decision["nccl"]["settings"]["packages"]} == {"2.29.7-1+cuda12.9"}
+    assert decision["cuda"]["settings"]["pins"] == [
+        {"packages": ["cuda-toolkit-12-9"], "version": "12.9.1-*"},
+        {"packages": ["cuda-*-12-9*", "lib*-12-9", "gds-tools-12-9"], "version": ""},
+    ]
+
+
+def test_the_subnet_manager_of_nvlink_5_is_held_at_its_own_version(tmp_path):
+    pins = decide(found(tmp_path, B200, NOBLE))[1]["driver"]["settings"]["pins"]
+    assert pins[1:] == [{"packages": ["nvlsm"], "version": ""}]
+    assert len(decide(found(tmp_path / "b", H100))[1]["driver"]["settings"]["pins"]) == 1
 
 
 def test_nccl_conf_names_the_training_interface_unless_the_user_does(tmp_path):
