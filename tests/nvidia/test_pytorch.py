@@ -100,7 +100,8 @@ def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
 
     def become(**changes: object) -> None:
         text = json.dumps({**answer, **changes})
-        lab.run(f"printf %s {shlex.quote(text)} >{folder}/answer; printf '__version__ = %s\\n' \\'2.13.0+cu130\\' >{folder}/lib/python3/site-packages/torch/version.py")
+        version = f"{folder}/lib/python3/site-packages/torch/version.py"
+        lab.run(f"printf %s {shlex.quote(text)} >{folder}/answer; echo \"__version__ = '2.13.0+cu130'\" >{version}")
 
     lab.run(f"mkdir -p {folder}/bin {folder}/lib/python3/site-packages/torch")
     lab.run(f"printf %s {shlex.quote(STAND_IN.format(folder=folder))} >{folder}/bin/python3; chmod 755 {folder}/bin/python3")

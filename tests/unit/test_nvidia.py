@@ -153,7 +153,11 @@ def test_the_nearest_line_is_offered_for_an_unknown_one(tmp_path, wanted, neares
         # torch 2.13 exists for CUDA 12.6, 12.9 and 13.0; a driver of 2021 runs none of them.
         ("470.82.01", {}, ["470.82.01", "or newer", "upgrade the driver"]),
         ("550.90.07", {"cuda_version": "13.0"}, ["550.90.07", "580.65.06", "set cuda_version: '12.9', or upgrade the driver"]),
-        ("550.90.07", {"pytorch_source": "existing", "pytorch_environment": "/env"}, ["torch 2.13.0+cu130 is built for CUDA 13.0", "580.65.06", "550.90.07", "pytorch_environment"]),
+        (
+            "6.12.48+deb13-cloud-amd64",
+            ["6.12.57+deb13-cloud-amd64", "cloud-amd64"],
+            ["6.12.48+deb13-cloud-amd64", "6.12.57+deb13-cloud-amd64", "cloud-amd64"],
+        ),
     ],
 )
 def test_a_torch_newer_than_the_driver_allows_is_named(tmp_path, driver, variables, words):
