@@ -154,9 +154,9 @@ def test_the_nearest_line_is_offered_for_an_unknown_one(tmp_path, wanted, neares
         ("470.82.01", {}, ["470.82.01", "or newer", "upgrade the driver"]),
         ("550.90.07", {"cuda_version": "13.0"}, ["550.90.07", "580.65.06", "set cuda_version: '12.9', or upgrade the driver"]),
         (
-            "6.12.48+deb13-cloud-amd64",
-            ["6.12.57+deb13-cloud-amd64", "cloud-amd64"],
-            ["6.12.48+deb13-cloud-amd64", "6.12.57+deb13-cloud-amd64", "cloud-amd64"],
+            "550.90.07",
+            {"pytorch_source": "existing", "pytorch_environment": "/env"},
+            ["torch 2.13.0+cu130 is built for CUDA 13.0", "580.65.06", "550.90.07", "pytorch_environment"],
         ),
     ],
 )
