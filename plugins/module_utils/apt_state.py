@@ -68,14 +68,13 @@ def lacking(packages: Installed, wanted: t.Sequence[t.Mapping[str, str]]) -> lis
 
 
 def family(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, str]:
-    """Return the installed packages that a pin names, each with the version it should have."""
-    return {
-        name: str(pin["version"])
-        for name in sorted(packages)
-        if installed(packages, name)
-        for pin in pins
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"])
-    }
+    """Return the installed packages that a pin names, each with the version that the first such pin gives; empty for any."""
+    found: dict[str, str] = {}
+    for pin in pins:
+        for name in sorted(packages):
+            if installed(packages, name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"]):
+                found.setdefault(name, str(pin["version"]))
+    return found
 
 
 def chosen(packages: Installed, patterns: t.Sequence[str]) -> Installed:
@@ -136,9 +135,13 @@ def released(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]], forme
 
 
 def preferences(pins: t.Sequence[t.Mapping[str, t.Any]]) -> str:
-    """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too."""
+    """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too.
+
+    Packages that are held at whatever version they have get apt's usual priority: the file says whose holds they are.
+    """
     paragraphs = [
-        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version']}\nPin-Priority: 1001\n" for pin in pins
+        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version'] or '*'}\nPin-Priority: {1001 if pin['version'] else 500}\n"
+        for pin in pins
     ]
     return "# Managed by onprem.torch.\n" + "\n".join(paragraphs)
 
@@ -175,6 +178,9 @@ def parse_sizes(text: str) -> tuple[int, int]:
 def complaint(text: str) -> str:
     """Return the reason in apt's output, shortened to one line: what could not be fetched or verified, and why."""
     lines = [line.strip() for line in text.splitlines()]
+    failed = broken_scripts(text)
+    if failed:
+        return failed
     told = [line for line in lines if re.match(r"(E|W|Err):", line)]
     details = [
         line
@@ -187,6 +193,21 @@ def complaint(text: str) -> str:
     ]
     chosen = (details or told or lines or ["no reason was given"])[:2]
     return " ".join(re.sub(r"^(E|W|Err):\d*\s*", "", line) for line in chosen)[:400].rstrip(".")
+
+
+def broken_scripts(text: str) -> str:
+    """Return which packages dpkg could not set up, and the log of the build where DKMS names one; empty where none failed."""
+    names = sorted(set(re.findall(r"dpkg: error processing (?:package|archive) (\S+)", text)))
+    if not names:
+        return ""
+    logs = re.findall(r"[Cc]onsult (/\S+\.log)", text)
+    reason = f"a kernel module was not built, see {logs[0].rstrip('.')}" if logs else "their scripts or files fail"
+    return f"dpkg cannot set up {', '.join(names)}: {reason}"
+
+
+def lists_locked(text: str) -> bool:
+    """Return whether C(apt-get update) gave up since another one was at work."""
+    return bool(re.search(r"Could not get lock /var/lib/apt/lists|Unable to lock directory /var/lib/apt/lists", text))
 
 
 def failed_update(text: str, url: str) -> bool:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
@@ -62,4 +63,25 @@ def reboot_reason(name: str, version: str, flavour: str, found: Kernel, asked: t
     if flavour and found.is_open is not None and found.is_open is not (flavour == "open"):
         running = "open" if found.is_open else "proprietary"
         return f"the kernel runs the {running} modules of {name}, but the {flavour} ones are installed"
+    return ""
+
+
+def refusal(name: str, error: str) -> str:
+    """Return why a reboot would not help where modprobe failed, as a sentence with its cure; empty where it may.
+
+    Args:
+        name: kernel module.
+        error: what modprobe printed.
+    """
+    if re.search(r"Key was rejected|Required key not available|Operation not permitted", error):
+        return (
+            f"the kernel refuses the module {name} ({error.strip()}): Secure Boot does not trust its key; "
+            "enrol DKMS's key (mokutil --import /var/lib/dkms/mok.pub and a reboot), or switch Secure Boot off"
+        )
+    lost = re.search(r"Module \S+ not found in directory (\S+)", error)
+    if lost:
+        return (
+            f"{lost.group(1)} has no module {name}: DKMS has not built it for the running kernel, so that a reboot would not help; "
+            f"look at dkms status and /var/lib/dkms/{name}/*/build/make.log, repair that and run this again"
+        )
     return ""

@@ -10,6 +10,7 @@ the folder is what an interrupted installation left, and is removed.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -23,12 +24,31 @@ RECORD = ".onprem-torch.json"
 
 def record_of(environment: str) -> dict[str, t.Any]:
     """Return the record of a complete environment; empty where there is none."""
+    return read_json(os.path.join(environment, RECORD))
+
+
+def read_json(path: str) -> dict[str, t.Any]:
+    """Return the mapping that a file holds; empty where there is none that can be read."""
     try:
-        with open(os.path.join(environment, RECORD), encoding="utf-8") as stream:
+        with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def existing_record(root: str, environment: str) -> str:
+    """Return the file that keeps what was found in an environment of somebody else, outside of it."""
+    name = hashlib.sha256(os.path.abspath(environment).encode()).hexdigest()[:12]
+    return os.path.join(root, "existing", f"{name}.json")
+
+
+def existing_stamp(environment: str, driver: str) -> list[t.Any]:
+    """Return what changes whenever an environment's torch, Python or NCCL does, or the driver."""
+    folder = os.path.join(environment, "lib/python3*/*-packages")
+    paths = [os.path.join(environment, "bin/python3"), *glob.glob(os.path.join(folder, "torch/version.py"))]
+    paths += glob.glob(os.path.join(folder, "nvidia_nccl_cu*.dist-info"))
+    return [driver, *([path, os.stat(path).st_mtime_ns] for path in sorted(paths) if os.path.exists(path))]
 
 
 def distributions(environment: str) -> list[str]:

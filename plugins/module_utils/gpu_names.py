@@ -23,8 +23,19 @@ class Product(t.NamedTuple):
 
 # First and last device id of a chip's block, generation, architecture.
 CHIPS = (
-    (0x1340, 0x17FF, "Maxwell", "sm_52"),
+    # Older than any CUDA line here: known, so that they are refused rather than taken for something new.
+    (0x0040, 0x0FBF, "Fermi or older", "sm_20"),
+    (0x0FC0, 0x0FFF, "Kepler", "sm_30"),
+    (0x1000, 0x102C, "Kepler", "sm_35"),
+    (0x102D, 0x102D, "Kepler", "sm_37"),
+    (0x102E, 0x103F, "Kepler", "sm_35"),
+    (0x1040, 0x117F, "Fermi or older", "sm_20"),
+    (0x1180, 0x11FF, "Kepler", "sm_30"),
+    (0x1200, 0x127F, "Fermi or older", "sm_20"),
+    (0x1280, 0x12FF, "Kepler", "sm_35"),
+    (0x1340, 0x15EF, "Maxwell", "sm_52"),
     (0x15F0, 0x15FF, "Pascal", "sm_60"),
+    (0x1600, 0x17FF, "Maxwell", "sm_52"),
     (0x1B00, 0x1D7F, "Pascal", "sm_61"),
     (0x1D80, 0x1DFF, "Volta", "sm_70"),
     (0x1E00, 0x1FFF, "Turing", "sm_75"),
@@ -39,6 +50,8 @@ CHIPS = (
     (0x3180, 0x31FF, "Blackwell", "sm_103"),
 )
 NAMES = {
+    0x1023: "Tesla K40m",
+    0x102D: "Tesla K80",
     0x15F8: "Tesla P100 PCIe 16GB",
     0x15F9: "Tesla P100 SXM2 16GB",
     0x1DB1: "Tesla V100 SXM2 16GB",

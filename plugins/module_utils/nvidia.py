@@ -114,11 +114,38 @@ def existing_problems(host: str, variables: Variables, node: Node, manifest: Man
     return [Problem(host, "pytorch_environment", text, cure)] if text else []
 
 
+def nccl_problems(nodes: t.Sequence[tuple[str, Variables, Node]]) -> list[Problem]:
+    """Return the hosts whose existing environment has another NCCL than the first one's: they cannot talk to each other."""
+    found = {}
+    for host, variables, node in nodes:
+        folder = str(variables.get("pytorch_environment") or "")
+        build = (node.get("torch_builds") or {}).get(folder) or {}
+        if variables.get("pytorch_source") == "existing" and gpus_of(node) and build.get("nccl"):
+            found[host] = (folder, str(build["nccl"]))
+    if not found:
+        return []
+    first, (_folder, usual) = next(iter(found.items()))
+    return [
+        Problem(
+            host,
+            "pytorch_environment",
+            f"{folder} has NCCL {version}, but {first} has {usual}, and all nodes need the same",
+            "install the same torch and NCCL in all environments",
+        )
+        for host, (folder, version) in found.items()
+        if version != usual
+    ]
+
+
 def distance(wanted: str, name: str) -> float:
-    """Return how far a wanted version is from a known one; what is no version is far from all."""
-    asked = re.match(r"(\d+)(?:\.(\d+))?", wanted)
+    """Return how far a wanted version is from a known one; what is no version is far from all.
+
+    A number alone stands for the newest of its major version, and ``cu128``, as wheels say it, for 12.8.
+    """
+    wheel = re.fullmatch(r"cu(\d{2,})(\d)", wanted)
+    asked = re.match(r"(\d+)(?:\.(\d+))?", ".".join(wheel.groups()) if wheel else wanted)
     major, minor = numbers(name)[:2]
-    return abs(int(asked.group(1)) * 100 + int(asked.group(2) or 0) - major * 100 - minor) if asked else 1e9
+    return abs((int(asked.group(1)) - major) * 10000 + int(asked.group(2) or 99) - minor) if asked else 1e9
 
 
 def line_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
@@ -133,8 +160,8 @@ def line_problems(name: str, host: str, variables: Variables, node: Node, manife
         if runs_on(line, level):
             continue
         product = next(str(gpu.get("name") or gpu["generation"]) for gpu in cards if capability(gpu) == level)
-        text = f"{product} (sm_{level}) is not supported by torch for CUDA {name}"
         fits = [other for other in others if runs_on(manifest["lines"][other], level)]
+        text = f"{product} (sm_{level}) is not supported by torch for {f'CUDA {name}' if fits else 'any CUDA line'}"
         problems.append(Problem(host, VARIABLE, text, f"set {VARIABLE}: {fits[0]!r}" if fits else "take the host out of the group"))
     torch = str(variables.get("pytorch_version") or "")
     if not own_index(variables) and not has_torch(line, torch):
@@ -158,7 +185,11 @@ def cuda(name: str, variables: Variables, source: t.Mapping[str, t.Any], manifes
             "name": "cuda",
             "repository": dict(source),
             "packages": [{"name": line["toolkit"], "version": version}],
-            "pins": [{"packages": [line["toolkit"]], "version": version}],
+            # The toolkit's parts have versions of their own, and it asks for at least those: they are held as they came.
+            "pins": [
+                {"packages": [line["toolkit"]], "version": version},
+                {"packages": [pattern.format(line=name.replace(".", "-")) for pattern in manifest["toolkit_parts"]], "version": ""},
+            ],
         },
     }
 
@@ -203,8 +234,9 @@ def decide(
         manifest: what fits together.
         interface: the training interface.
     """
-    problems = [*nvidia_sources.mirror_problems(host, variables), *line_problems(name, host, variables, node, manifest)]
-    problems += existing_problems(host, variables, node, manifest)
+    # A torch that cannot be changed here is spoken of first: another line would not help it.
+    unfit = existing_problems(host, variables, node, manifest) or line_problems(name, host, variables, node, manifest)
+    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit]
     needs_driver = bool(gpus_of(node)) and name != "cpu" and manages(variables)
     asks = bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
     source, missing = nvidia_sources.repository(host, variables, node, manifest) if needs_driver or asks else ({}, [])
@@ -221,6 +253,11 @@ def decide(
         "nccl": nccl_settings.decide(name, variables, node, interface, source, manifest),
         "advice": [*advice, *host_settings.advice(node.get("hardware") or {}, int(node.get("memory_bytes") or 0)), *interrupted(node)],
     }
+    # A package that the repository lacks is named before the first set changes anything, and not after a reboot.
+    toolkit, library = (list((decision[part].get("settings") or {}).get("packages") or []) for part in ("cuda", "nccl"))
+    for part, further in (("driver", [*toolkit, *library]), ("cuda", library)):
+        if decision[part]["wanted"]:
+            decision[part]["settings"]["further"] = further
     problems += toolkit_problems(host, decision["cuda"], node, manifest)
     problems += hold_problems(host, node, [decision["driver"], decision["cuda"], decision["nccl"]])
     return decision, problems
@@ -229,7 +266,7 @@ def decide(
 def package_patterns(manifest: Manifest) -> list[str]:
     """Return the names of all packages that may be decided about, with ``*`` for any text."""
     toolkits = [manifest["lines"][name]["toolkit"] for name in cuda_lines(manifest)]
-    return [*manifest["driver_family"], *toolkits, "libnccl2", "libnccl-dev"]
+    return [*manifest["driver_family"], *toolkits, "libnccl2", "libnccl-dev", "linux-image-*"]
 
 
 def interrupted(node: Node) -> list[str]:
@@ -257,6 +294,7 @@ def decide_all(
         for host, variables, node in readable:
             decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
             problems += found
+    problems += nccl_problems(readable)
     return {"name": name, **manifest["lines"][name], "oldest_drivers": oldest_drivers(manifest)}, decisions, problems
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
@@ -80,9 +81,32 @@ def fabric_packages(version: str, node: Node, manifest: Manifest) -> list[dict[s
     return found + [{"name": name, "version": ""} for name in names["nvlink5"] if fabric_of(node).get("nvlink_bridges")]
 
 
+def headers(node: Node) -> list[str]:
+    """Return the packages of kernel headers that DKMS needs: for the running kernel, and for those that boot later.
+
+    A newer kernel that is installed already is booted next. A package without a version in its name, such as
+    linux-image-amd64, brings later ones, and its counterpart their headers.
+    """
+    running = str(node.get("kernel") or "")
+    found = [f"linux-headers-{running}"]
+    for name, entry in sorted(packages_of(node).items()):
+        match = re.fullmatch(r"linux-image-(?!unsigned-|extra-)(\S+?)", name)
+        if not match or entry.get("state") != "installed" or name.endswith(("-dbg", "-unsigned")):
+            continue
+        release = match.group(1)
+        if not release[0].isdigit() or kernel_numbers(release) > kernel_numbers(running):
+            found.append(f"linux-headers-{release}")
+    return found
+
+
+def kernel_numbers(release: str) -> list[int]:
+    """Return a kernel release's numbers, for comparing: ``6.1.0-30-amd64`` → [6, 1, 0, 30, 64]."""
+    return [int(part) for part in re.findall(r"\d+", release)]
+
+
 def driver_packages(version: str, modules: str, fabric: bool, node: Node, manifest: Manifest) -> list[dict[str, str]]:
-    """Return the packages of a driver with exact versions, the headers of the running kernel first."""
-    found = [{"name": f"linux-headers-{node.get('kernel')}", "version": ""}]
+    """Return the packages of a driver with exact versions, the headers of the kernels first."""
+    found = [{"name": name, "version": ""} for name in headers(node)]
     found += [{"name": name, "version": f"{version}-*"} for name in names_of(version, node, manifest)[modules]]
     return [*found, *(fabric_packages(version, node, manifest) if fabric else [])]
 
@@ -119,14 +143,21 @@ def reboot_word(variables: Variables, node: Node, expected: bool) -> str:
     return "once"
 
 
-def settings_of(packages: list[dict[str, str]], pinned: t.Sequence[str], version: str, source: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+def is_ours(node: Node, manifest: Manifest) -> bool:
+    """Return whether this collection has installed a node's driver: its pins name the family, and not a single package."""
+    return not set(manifest["driver_family"]).isdisjoint(node.get("own_pins") or [])
+
+
+def settings_of(
+    packages: list[dict[str, str]], pinned: t.Sequence[str], version: str, source: t.Mapping[str, t.Any], manifest: Manifest
+) -> dict[str, t.Any]:
     """Return the settings of the module nvidia_packages for a driver or its fabric manager."""
-    return {
-        "name": "nvidia_driver",
-        "repository": dict(source),
-        "packages": packages,
-        "pins": [{"packages": list(pinned), "version": f"{version}-*"}],
-    }
+    pins = [{"packages": list(pinned), "version": f"{version}-*"}]
+    # NVLink 5's subnet manager has a version of its own, at which it is held.
+    loose = [entry["name"] for entry in packages if entry["name"] in manifest["packages"]["fabric_manager"]["nvlink5"]]
+    if loose:
+        pins.append({"packages": loose, "version": ""})
+    return {"name": "nvidia_driver", "repository": dict(source), "packages": packages, "pins": pins}
 
 
 def kept(
@@ -142,7 +173,7 @@ def kept(
     name = packages[0]["name"]
     if fabric_of(node).get("manager_running") and str((there.get(name) or {}).get("version", f"{running}-")).startswith(f"{running}-"):
         return {"action": "keep"}, []
-    settings = settings_of(packages, [name], running, source)
+    settings = settings_of(packages, [name], running, source, manifest)
     settings.update(services=[FABRIC_UNIT], kernel_module="nvidia", kernel_module_version=running)
     return {"action": "keep", "wanted": True, "settings": settings}, []
 
@@ -187,7 +218,7 @@ def installed(
         "reboot_expected": expected,
         "reboot": reboot_word(variables, node, True),
         "settings": {
-            **settings_of(chosen, manifest["driver_family"], version, source),
+            **settings_of(chosen, manifest["driver_family"], version, source, manifest),
             "files": files,
             "services": [PERSISTENCE_UNIT, DEVICES_UNIT, *([FABRIC_UNIT] if fabric else [])],
             "kernel_module": "nvidia",
@@ -230,9 +261,12 @@ def decide(
         and numbers(running) >= numbers(line["minimum_driver"])
         and not (state.get("open") is False and any(capability(gpu) >= BLACKWELL for gpu in cards))
     )
-    if fits and not wanted and running != version:
-        found, advice = kept(variables, node, source, manifest, running)
-        return {**result, **found}, advice
+    if fits and not wanted:
+        if not is_ours(node, manifest):
+            found, advice = kept(variables, node, source, manifest, running)
+            return {**result, **found}, advice
+        # Ours stays whole at its version: pins of fewer packages would release the others.
+        version = running
     found, advice = installed(variables, node, source, manifest, version)
     return {**result, **found}, advice
 

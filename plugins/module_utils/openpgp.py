@@ -47,7 +47,7 @@ def fingerprints(data: bytes) -> list[str]:
     """Return the fingerprints of the primary keys of a key file, 40 capital hexadecimal digits each.
 
     Raises:
-        KeyFileError: the file is broken, or holds no public key of version 4.
+        KeyFileError: the file is broken, or holds no public key, or one of another version than 4.
     """
     packets = dearmor(data) if is_armored(data) else data
     found = []
@@ -57,7 +57,10 @@ def fingerprints(data: bytes) -> list[str]:
             tag, body, position = packet(packets, position)
         except IndexError as error:
             raise KeyFileError("the file ends within a packet") from error
-        if tag == PUBLIC_KEY and body[:1] == b"\x04":
+        if tag == PUBLIC_KEY and body[:1] != b"\x04":
+            # Left out it would be trusted unseen.
+            raise KeyFileError("it holds a key of another version than 4")
+        if tag == PUBLIC_KEY:
             found.append(hashlib.sha1(b"\x99" + len(body).to_bytes(2, "big") + body).hexdigest().upper())
     if not found:
         raise KeyFileError("it holds no OpenPGP public key")

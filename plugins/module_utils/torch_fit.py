@@ -45,7 +45,8 @@ def problem(
     """Return why a torch cannot work on a node's GPUs, as a sentence with its cure; empty where it can.
 
     Args:
-        versions: C(torch), C(cuda) and C(architectures) of the installed torch; what is missing is not known.
+        versions: C(torch), C(cuda), C(nccl) (None for a build without it) and C(architectures) of the installed torch; what
+            is missing is not known.
         gpus: name and architecture (C(sm_90)) of each kind of GPU; empty for a node without.
         driver: version of the driver that runs; empty where none does.
         cuda: the CUDA version that it must be built for; empty for any.
@@ -59,13 +60,15 @@ def problem(
         return f"{torch} is a build for CPUs, but the node has {gpus[0]['name']}; correct pytorch_index_url or pytorch_environment"
     if built is None:
         return ""
+    if "nccl" in versions and versions["nccl"] is None:
+        return f"{torch} is built without NCCL, through which GPUs talk to each other; install a build from pytorch.org or PyPI"
     if cuda and cuda != "cpu" and numbers(built)[:2] != numbers(cuda)[:2]:
         cure = f"set cuda_version: '{built}', or a pytorch_version that exists for {cuda}"
         return f"{torch} is built for CUDA {built}, but cuda_version is {cuda}; {cure}"
     oldest = (oldest_drivers or {}).get(built.split(".", maxsplit=1)[0], "")
     if driver and oldest and numbers(driver) < numbers(oldest):
         text = f"{torch} is built for CUDA {built}, which needs the driver {oldest} or newer, but {driver} runs"
-        return f"{text}; upgrade the driver or set an older cuda_version"
+        return f"{text}; upgrade the driver, or take a torch for an older CUDA (cuda_version or pytorch_environment)"
     architectures = versions.get("architectures") or []
     for gpu in gpus:
         if architectures and re.fullmatch(r"sm_\d+", gpu["architecture"]) and not has_code(architectures, gpu["architecture"]):

@@ -55,6 +55,22 @@ options:
             description: Its version, which may end in C(*). Empty for any.
             type: str
             default: ""
+      further:
+        description: >-
+          Packages of later sets. Nothing is installed unless the repository has them too, so that what is missing is not
+          found half-way.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          name:
+            description: Name of the package.
+            type: str
+            required: true
+          version:
+            description: Its version, which may end in C(*). Empty for any.
+            type: str
+            default: ""
       pins:
         description: Versions for packages that may come along.
         type: list
@@ -67,7 +83,7 @@ options:
             elements: str
             required: true
           version:
-            description: Their version, which may end in C(*).
+            description: Their version, which may end in C(*). Empty to hold them at the one that they have.
             type: str
             required: true
       files:
@@ -223,6 +239,15 @@ class Node:
         code, out, err = self.module.run_command(command, environ_update=ENVIRONMENT)
         return code, f"{out}\n{err}"
 
+    def refresh(self, words: t.Sequence[str]) -> tuple[int, str]:
+        """Run apt-get update; apt does not wait for another update, such as the one that systemd starts after a boot."""
+        end = time.monotonic() + self.module.params["lock_timeout"]
+        while True:
+            code, text = self.apt(words)
+            if not code or not apt_state.lists_locked(text) or time.monotonic() > end:
+                return code, text
+            time.sleep(1)
+
     def write(self, path: str, content: bytes) -> None:
         """Replace a file in one step."""
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
@@ -335,7 +360,7 @@ class Node:
             self.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
         if apt_state.broken(self.packages()):
             self.release()
-            self.apt(["update"])
+            self.refresh(["update"])
             code, text = self.apt(["install", "--fix-broken", "--yes", *self.options()])
             left = apt_state.broken(self.packages())
             if left:
@@ -392,7 +417,7 @@ class Node:
         if not self.repository:
             return
         only = ["-o", f"Dir::Etc::SourceList={SOURCES}", "-o", "Dir::Etc::SourceParts=/dev/null"]
-        code, text = self.apt([*only, "-o", "APT::Get::List-Cleanup=0", "-o", "APT::Update::Error-Mode=any", "update"])
+        code, text = self.refresh([*only, "-o", "APT::Get::List-Cleanup=0", "-o", "APT::Update::Error-Mode=any", "update"])
         if code or apt_state.failed_update(text, self.repository["url"]):
             self.fail(
                 f"the repository {self.repository['url']} cannot be used ({apt_state.complaint(text)}); "
@@ -410,7 +435,7 @@ class Node:
                 chosen.append(f"{entry['name']}={fitting[0]}" if entry["version"] else entry["name"])
             elif strict and entry["name"].startswith("linux-headers-"):
                 self.fail(
-                    f"this node's apt sources have no {entry['name']}, which DKMS needs for the running kernel; "
+                    f"this node's apt sources have no {entry['name']}, which DKMS needs for a kernel that is installed; "
                     "install the newest kernel (apt-get full-upgrade), reboot into it and run this again"
                 )
             elif strict:
@@ -455,12 +480,13 @@ class Node:
         if self.module.check_mode:
             return
         self.update()
+        self.versions(apt_state.lacking(state, self.settings["further"] or []), strict=True)
         # apt removes nothing that is on hold, such as the other kind of kernel modules.
         self.release()
         code, text = self.simulate(wanted, torn)
         if code:
             # Dependencies come from the distribution, whose lists may be old or missing.
-            self.apt(["update"])
+            self.refresh(["update"])
             code, text = self.simulate(wanted, torn)
         if code:
             self.fail(f"apt cannot install {self.settings['name']} ({apt_state.complaint(text)}); correct what it names, nothing was installed")
@@ -475,7 +501,7 @@ class Node:
         words = ["install", "--yes", *self.options(), *self.chosen]
         code, text = self.apt(words)
         if code and re.search(r"404|Failed to fetch", text):
-            self.apt(["update"])
+            self.refresh(["update"])
             code, text = self.apt(words)
         if code:
             self.holds()
@@ -486,7 +512,7 @@ class Node:
     def simulate(self, wanted: t.Sequence[dict[str, str]], torn: t.Sequence[dict[str, str]]) -> tuple[int, str]:
         """Choose exact versions and let apt say what it would do."""
         if len(self.versions(wanted, strict=False)) < len(wanted):
-            self.apt(["update"])
+            self.refresh(["update"])
         self.chosen = [*self.versions(wanted, strict=True), *self.versions(torn, strict=False)]
         return self.apt(["install", "--simulate", *self.options(), *self.chosen])
 
@@ -517,11 +543,9 @@ class Node:
         if os.path.isdir(f"/sys/module/{name.replace('-', '_')}") or self.module.check_mode:
             return ""
         code, _out, err = self.module.run_command(["modprobe", name])
-        if re.search(r"Key was rejected|Required key not available|Operation not permitted", err):
-            self.fail(
-                f"the kernel refuses the module {name} ({err.strip()}): Secure Boot does not trust its key; "
-                "enrol DKMS's key (mokutil --import /var/lib/dkms/mok.pub and a reboot), or switch Secure Boot off"
-            )
+        refusal = driver_state.refusal(name, err) if code else ""
+        if refusal:
+            self.fail(refusal)
         if code:
             return f"the kernel module {name} cannot be loaded ({err.strip() or 'no reason was given'})"
         self.before[f"kernel module {name}"], self.after[f"kernel module {name}"] = "", "loaded\n"
@@ -534,7 +558,14 @@ class Node:
             return
         reason = self.reboot_reason()
         # A container has its host's kernel.
-        if not reason and not driver_state.kernel(name).container:
+        own = not driver_state.kernel(name).container and not self.module.check_mode
+        if reason and own:
+            # The reboot has to find the module that it is for.
+            _code, _out, err = self.module.run_command(["modprobe", "--dry-run", name])
+            refusal = driver_state.refusal(name, err)
+            if refusal:
+                self.fail(refusal)
+        if not reason and own:
             reason = self.load(name) or self.reboot_reason()
             for further in [] if reason else self.settings["modules"] or []:
                 problem = self.load(further)
@@ -607,6 +638,12 @@ def main() -> None:
                         },
                     },
                     "packages": {
+                        "type": "list",
+                        "elements": "dict",
+                        "default": [],
+                        "options": {"name": {"type": "str", "required": True}, "version": {"type": "str", "default": ""}},
+                    },
+                    "further": {
                         "type": "list",
                         "elements": "dict",
                         "default": [],

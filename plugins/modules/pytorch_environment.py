@@ -121,7 +121,7 @@ python:
 versions:
   description: >-
     C(torch), C(cuda), C(nccl) and C(architectures) of the installed torch; empty where it has none, and left out where it
-    was not asked.
+    was not asked. C(nccl) is null where a build for GPUs has none.
   returned: success
   type: dict
 missing:
@@ -147,8 +147,10 @@ PROBE = """
 import json, torch, torch.distributed, torch.distributed.run, torch.nn.parallel
 nccl, built = "", []
 if torch.version.cuda:
-    from torch.cuda import nccl as library
-    nccl = ".".join(str(part) for part in library.version())
+    nccl = None
+    if torch.distributed.is_nccl_available():
+        from torch.cuda import nccl as library
+        nccl = ".".join(str(part) for part in library.version())
     built = (torch._C._cuda_getArchFlags() or "").split()
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda or "", "nccl": nccl, "architectures": built}))
 """
@@ -163,9 +165,9 @@ print(torch.cuda.device_count())
 """
 
 
-def versions_of(module: AnsibleModule, python: str) -> dict[str, t.Any]:
+def versions_of(module: AnsibleModule, python: str, *options: str) -> dict[str, t.Any]:
     """Import torch and return its versions; fail with a sentence where that does not work."""
-    returncode, stdout, stderr = module.run_command([python, "-c", PROBE])
+    returncode, stdout, stderr = module.run_command([python, *options, "-c", PROBE])
     if returncode != 0:
         reason = stderr.strip().splitlines()[-1] if stderr.strip() else f"exit status {returncode}"
         module.fail_json(msg=f"torch cannot be imported by {python}: {reason}; repair or remove that environment")
@@ -206,7 +208,17 @@ def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
         module.fail_json(msg=f"{folder} is no Python environment with torch; correct pytorch_environment")
     check_version(module, found, folder)
     versions: dict[str, t.Any] = {"torch": found, **node_facts.torch_build(folder)}
-    check_fit(module, versions, python, compute=False)
+    if module.params["gpus"]:
+        # Importing takes seconds, so it is done once for each torch, Python and driver. No byte code is left behind.
+        record = environment.existing_record(module.params["root"], folder)
+        stamp = environment.existing_stamp(folder, hardware.driver()["loaded"])
+        known = environment.read_json(record)
+        asked = known.get("stamp") != stamp
+        versions = versions_of(module, python, "-B") if asked else known["versions"]
+        check_fit(module, versions, python, compute=asked)
+        if asked and not module.check_mode:
+            os.makedirs(os.path.dirname(record), mode=0o755, exist_ok=True)
+            environment.write_atomically(record, json.dumps({"stamp": stamp, "versions": versions}, sort_keys=True) + "\n")
     return {"changed": False, "environment": folder, "python": python, "versions": versions}
 
 

@@ -17,10 +17,15 @@ from pathlib import Path
 
 SERVICE = "[Unit]\nDescription={name}\n[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
 # A post-installation script that takes as long as a DKMS build where the test asks for it.
-# Where the test asks for it, it asks for a reboot as packages of Debian and Ubuntu do.
+# Where the test asks for it, it fails as DKMS does, or asks for a reboot as packages of Debian and Ubuntu do.
 POSTINST = """#!/bin/sh
 set -e
 while [ -e /run/slow-build ]; do sleep 0.1; done
+if [ -e /run/broken-build ]; then
+    echo "Error! Bad return status for module build on kernel: $(uname -r) (x86_64)" >&2
+    echo "Consult /var/lib/dkms/nvidia/1/build/make.log for more information." >&2
+    exit 10
+fi
 if [ -e /etc/asks-for-reboot ]; then
     touch /run/reboot-required
     echo "$DPKG_MAINTSCRIPT_PACKAGE" >>/run/reboot-required.pkgs
@@ -37,6 +42,7 @@ class Package(t.NamedTuple):
     service: str = ""
     slow: bool = False
     conflicts: str = ""
+    size_kib: int = 0
 
 
 def driver(version: str) -> list[Package]:
@@ -90,6 +96,7 @@ def build(package: Package, folder: Path) -> Path:
         "Description: empty stand-in with the real name, version and dependencies",
         *([f"Depends: {package.depends}"] if package.depends else []),
         *([f"Conflicts: {package.conflicts}"] if package.conflicts else []),
+        *([f"Installed-Size: {package.size_kib}"] if package.size_kib else []),
     ]
     (tree / "DEBIAN" / "control").write_text("\n".join(lines) + "\n")
     if package.slow:

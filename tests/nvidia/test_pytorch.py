@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 
 import conftest
 import pytest
@@ -13,6 +14,7 @@ from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
 
 NODE = "nv12"
 ROOT = "/opt/locked"
+H100 = [{"name": "NVIDIA H100", "architecture": "sm_90"}]
 HOUSE = "~/.cache/onprem.torch/wheelhouse"
 WANTED = wheelhouse.Wanted(
     ("torch==2.13.0",), {"architecture": "x86_64", "glibc": "2.36", "python": "3.11"}, "", ("https://download.pytorch.org/whl/cpu",)
@@ -31,19 +33,23 @@ def lock_of(folder: str) -> str:
     return "".join(lines)
 
 
-def provide(lock: object, name: str) -> dict:
+def module(**arguments: object) -> dict:
     """Run the module on the node and return its answer."""
-    arguments = {
-        "environment": f"{ROOT}/environments/{name}",
-        "requirements": list(WANTED.requirements),
-        "version": "2.13.0",
-        "root": ROOT,
-        "extra_index_urls": list(WANTED.extra),
-        "platform": WANTED.platform,
-        "lock": str(lock),
-    }
     words = ["ansible", NODE, "-i", str(conftest.INVENTORY), "-m", "onprem.torch.pytorch_environment", "-a", json.dumps(arguments)]
     return json.loads(conftest.ansible(*words, **conftest.JSON_OUTPUT).stdout)["plays"][0]["tasks"][0]["hosts"][NODE]
+
+
+def provide(lock: object, name: str) -> dict:
+    """Let an environment be made of a lock."""
+    return module(
+        environment=f"{ROOT}/environments/{name}",
+        requirements=list(WANTED.requirements),
+        version="2.13.0",
+        root=ROOT,
+        extra_index_urls=list(WANTED.extra),
+        platform=WANTED.platform,
+        lock=str(lock),
+    )
 
 
 @pytest.fixture
@@ -59,6 +65,14 @@ def test_a_lock_decides_and_no_changed_wheel_gets_in(lab, lock):
     answer = provide(lock, "good")
     assert not answer.get("failed") and answer["versions"]["torch"].startswith("2.13.0"), answer.get("msg")
     assert not provide(lock, "good")["changed"]
+    # The same environment as one of somebody else: good for CPUs, and named where the node has GPUs.
+    taken = {"source": "existing", "environment": f"{ROOT}/environments/good", "root": ROOT}
+    answer = module(**taken, version="2.13.0")
+    assert not answer.get("failed") and not answer["changed"] and answer["versions"]["torch"].startswith("2.13.0")
+    answer = module(**taken, gpus=H100)
+    assert answer.get("failed") and "is a build for CPUs, but the node has NVIDIA H100" in answer["msg"], answer
+    answer = module(**taken, version="2.12.0")
+    assert answer.get("failed") and "but pytorch_version is 2.12.0" in answer["msg"], answer
     # The time of a wheel's first file changes on the node: it is a whole wheel of the same size, and not the locked one.
     # Without its cache uv has to read it again.
     change = "printf X | dd of=$(ls mpmath-*.whl) bs=1 seek=10 conv=notrunc status=none"
@@ -71,3 +85,38 @@ def test_a_lock_decides_and_no_changed_wheel_gets_in(lab, lock):
     answer = provide(lock, "strange")
     assert answer.get("failed") and "another hash than pytorch_lock says" in answer["msg"], answer
     assert "strange" not in lab.run(f"ls {ROOT}/environments 2>/dev/null || true")[NODE]
+
+
+# What Python prints where torch is a build for GPUs, which would take gigabytes: the module's questions are the real ones.
+STAND_IN = """#!/bin/sh
+echo asked >>{folder}/asked
+cat {folder}/answer
+"""
+
+
+def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
+    folder = "/opt/stand-in"
+    answer = {"torch": "2.13.0+cu130", "cuda": "13.0", "nccl": "2.28.9", "architectures": ["sm_75", "sm_90"]}
+
+    def become(**changes: object) -> None:
+        text = json.dumps({**answer, **changes})
+        version = f"{folder}/lib/python3/site-packages/torch/version.py"
+        lab.run(f"printf %s {shlex.quote(text)} >{folder}/answer; echo \"__version__ = '2.13.0+cu130'\" >{version}")
+
+    lab.run(f"mkdir -p {folder}/bin {folder}/lib/python3/site-packages/torch")
+    lab.run(f"printf %s {shlex.quote(STAND_IN.format(folder=folder))} >{folder}/bin/python3; chmod 755 {folder}/bin/python3")
+    taken = {"source": "existing", "environment": folder, "root": ROOT, "gpus": H100}
+    try:
+        become()
+        for _round in range(2):
+            found = module(**taken)
+            assert not found.get("failed") and found["versions"] == answer, found
+        assert lab.run(f"cat {folder}/asked || true")[NODE].split() == ["asked"], "once"
+        become(architectures=["sm_75", "sm_80"])
+        found = module(**taken)
+        assert found.get("failed") and "no code for NVIDIA H100 (sm_90), only for sm_75, sm_80" in found["msg"], found
+        become(nccl=None)
+        found = module(**taken)
+        assert found.get("failed") and "built without NCCL" in found["msg"], found
+    finally:
+        lab.run(f"rm -rf {folder} {ROOT}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import subprocess
 import time
 import typing as t
 
@@ -43,12 +44,17 @@ class Play:
         }
         self.file = folder / "plan.json"
 
-    def run(self, facts: t.Optional[t.Mapping[str, t.Any]] = None, **variables: t.Any) -> dict[str, dict[str, int]]:
-        """Run the roles and return Ansible's counts by host; what it printed is in C(text)."""
+    def play(self, playbook: str, facts: t.Optional[t.Mapping[str, t.Any]] = None, tags: str = "all", **variables: t.Any) -> t.Any:
+        """Run a playbook over a plan and return the finished process; what it printed is in C(text)."""
         of_hosts = {name: {**self.variables, **variables, "lab_distribution": DISTRIBUTION[name]} for name in conftest.NAMES}
         self.file.write_text(json.dumps({"cluster_plan": stack.plan(of_hosts, **(facts or {})), **variables}))
-        done = conftest.ansible("ansible-playbook", "tests/nvidia/roles.yml", "-i", str(conftest.INVENTORY), "-e", f"@{self.file}")
+        done = conftest.ansible("ansible-playbook", playbook, "-i", str(conftest.INVENTORY), "-e", f"@{self.file}", "--tags", tags)
         self.text = done.stdout
+        return done
+
+    def run(self, facts: t.Optional[t.Mapping[str, t.Any]] = None, **variables: t.Any) -> dict[str, dict[str, int]]:
+        """Run the roles and return Ansible's counts by host; what it printed is in C(text)."""
+        done = self.play("tests/nvidia/roles.yml", facts, **variables)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
         counts = {}
         for name, words in re.findall(r"^(\S+)\s+: (ok=.*)$", done.stdout, re.MULTILINE):
@@ -96,8 +102,14 @@ def test_bare_nodes_become_right_ones_with_one_reboot_and_stay_so(nodes, play):
     # What counts is what a login and logind make of the files.
     for text in nodes.run("busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC").values():
         assert text.split() == ["b", "false"]
-    for text in nodes.run("cat /etc/security/limits.d/onprem-torch.conf").values():
+    # This machine may let no node raise the limit, so that a new login shows a lower one from the same line.
+    limits = "/etc/security/limits.d/onprem-torch.conf"
+    for text in nodes.run(f"cat {limits}; sed --in-place 's/unlimited/4096/' {limits}").values():
         assert "* - memlock unlimited\n" in text
+    for name in conftest.NAMES:
+        words = ["ssh", "-F", str(conftest.STATE / "ssh_config"), "-o", "BatchMode=yes", "-o", "ControlPath=none", name, "ulimit -l"]
+        assert subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip() == "4096"
+    assert changes(play.run()) == {1}, "a file that was changed by hand is put right"
 
 
 def test_one_variable_upgrades_and_downgrades_the_set_and_the_line(nodes, play):
@@ -134,6 +146,10 @@ def test_a_reboot_that_is_not_ours_to_make_is_pending(nodes, play, facts, variab
     for name in conftest.NAMES:
         assert f"{name}: a reboot is pending (nvidia-kernel-open-dkms asked for it), by hand, since" in " ".join(play.text.split())
     assert word in " ".join(play.text.split())
+    # Nothing is verified or trained until then.
+    done = play.play("tests/nvidia/verified.yml", facts, tags="nvidia_driver", **variables)
+    assert done.returncode != 0 and "everything is installed, so reboot it and run this again" in " ".join(done.stdout.split())
+    assert "Verify the all-reduce" not in done.stdout and boots(nodes) == before
     counts = play.run(facts, **variables)
     assert changes(counts) == {0} and "a reboot is pending" in play.text, "it is said again until it is done"
 
@@ -158,3 +174,40 @@ def test_shm_has_the_size_that_was_asked_for_after_a_reboot_too(nodes, play):
     nodes.run("systemctl is-system-running --wait || true")
     assert {text.strip() for text in nodes.run(size).values()} == {"3"}
     assert changes(play.run(**asked)) == {0}
+
+
+PROVISION = "playbooks/parts/provision.yml"
+
+
+def test_the_first_node_is_back_with_its_driver_before_the_next_one_gets_it(nodes, play):
+    nodes.run("touch /etc/asks-for-reboot")
+    before = boots(nodes)
+    done = play.play(PROVISION, tags="nvidia_driver")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert all(boots(nodes)[name] != before[name] for name in conftest.NAMES), "each was rebooted"
+    # Both nodes have the clock of one kernel.
+    first, last = conftest.NAMES
+    back = int(nodes.run("date --date \"$(systemctl show --value --property=UserspaceTimestamp)\" +%s")[first])
+    began = int(nodes.run("stat --format %Y /etc/apt/preferences.d/onprem-torch-nvidia_driver.pref")[last])
+    assert began >= back, "the second node waited"
+
+
+def test_a_first_node_that_fails_keeps_the_others_as_they_are(nodes, play):
+    nodes.run("[ $(hostname) != nv12 ] || touch /run/broken-build")
+    before = boots(nodes)
+    done = play.play(PROVISION, tags="nvidia_driver")
+    assert done.returncode != 0 and "nvidia-kernel-open-dkms" in done.stdout
+    assert nodes.versions()[0] and not nodes.versions()[1], "the second node was not touched"
+    assert "onprem" not in nodes.run("ls /etc/apt/preferences.d /etc/apt/sources.list.d")["nv13"]
+    assert boots(nodes) == before
+
+
+@pytest.mark.usefixtures("lab")
+def test_a_node_is_told_from_the_machine_that_ansible_runs_on():
+    """The lab's nodes have the kernel of this machine, and are other machines nevertheless."""
+    found = {}
+    for pattern, options in (("train", ["-i", str(conftest.INVENTORY)]), ("localhost", ["-i", "localhost,", "-c", "local"])):
+        done = conftest.ansible("ansible", pattern, *options, "-m", "onprem.torch.node_info", **conftest.JSON_OUTPUT)
+        for name, answer in json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"].items():
+            found[name] = answer["node"]["control_node"]
+    assert found == {"nv12": False, "nv13": False, "localhost": True}

@@ -73,6 +73,19 @@ def test_madison_and_simulation():
         ("Err:1 http://x / InRelease\n  Could not connect to 198.18.0.9:80 (198.18.0.9). - connect (111: Connection refused)\n", "Could not connect"),
         ("W: GPG error: http://x / Release: Not verified: NO_PUBKEY 1234\nE: The repository 'http://x' is not signed.\n", "NO_PUBKEY"),
         ("E: Unable to locate package x\n", "Unable to locate package x"),
+        (
+            "Error! Bad return status for module build on kernel: 6.1.0-30-amd64 (x86_64)\n"
+            "Consult /var/lib/dkms/nvidia/580.105.08/build/make.log for more information.\n"
+            "dpkg: error processing package nvidia-kernel-open-dkms (--configure):\n"
+            " installed nvidia-kernel-open-dkms package post-installation script subprocess returned error exit status 10\n"
+            "E: Sub-process /usr/bin/dpkg returned an error code (1)\n",
+            "nvidia-kernel-open-dkms: a kernel module was not built, see /var/lib/dkms/nvidia/580.105.08/build/make.log",
+        ),
+        (
+            "dpkg: error processing archive /var/cache/apt/archives/x_1_all.deb (--unpack):\n trying to overwrite '/usr/x', which is also in package y 1\n"
+            "E: Sub-process /usr/bin/dpkg returned an error code (1)\n",
+            "dpkg cannot set up /var/cache/apt/archives/x_1_all.deb",
+        ),
     ],
 )
 def test_apts_complaint_in_one_line(text, word):
@@ -126,3 +139,34 @@ def test_what_a_set_pins_no_more_is_released():
     pins = [{"packages": ["cuda-toolkit-13-0"], "version": "1"}]
     assert apt_state.released(packages, pins, ["cuda-toolkit-12-9", "cuda-toolkit-13-0"]) == ["cuda-toolkit-12-9"]
     assert apt_state.released(packages, pins, []) == []
+
+
+def test_no_key_hides_behind_another_one():
+    body = b"\x04" + bytes(20)
+    one = b"\x99" + len(body).to_bytes(2, "big") + body
+    assert len(openpgp.fingerprints(one)) == 1 and len(openpgp.fingerprints(one + one)) == 2
+    with pytest.raises(openpgp.KeyFileError, match="another version"):
+        openpgp.fingerprints(one + one.replace(b"\x04", b"\x06"))
+
+
+@pytest.mark.parametrize(
+    ("text", "locked"),
+    [
+        ("E: Could not get lock /var/lib/apt/lists/lock. It is held by process 87 (apt-get)\nE: Unable to lock directory /var/lib/apt/lists/\n", True),
+        ("E: Could not get lock /var/lib/dpkg/lock-frontend\n", False),
+        ("", False),
+    ],
+)
+def test_another_update_at_work(text, locked):
+    assert apt_state.lists_locked(text) is locked
+
+
+def test_what_is_held_at_whatever_version_it_has_is_never_torn_and_never_raised():
+    pins = [{"packages": ["cuda-toolkit-13-0"], "version": "13.0.2-*"}, {"packages": ["cuda-*-13-0*"], "version": ""}]
+    text = apt_state.preferences(pins)
+    assert "Package: cuda-toolkit-13-0\nPin: version 13.0.2-*\nPin-Priority: 1001\n" in text
+    assert "Package: cuda-*-13-0*\nPin: version *\nPin-Priority: 500\n" in text
+    entry = {"want": "hold", "flag": "ok", "state": "installed"}
+    packages = {"cuda-toolkit-13-0": {**entry, "version": "13.0.1-1"}, "cuda-nvcc-13-0": {**entry, "version": "13.0.88-1"}}
+    assert apt_state.family(packages, pins) == {"cuda-nvcc-13-0": "", "cuda-toolkit-13-0": "13.0.2-*"}
+    assert apt_state.foreign_holds(packages, [], pins, []) == [("cuda-toolkit-13-0", "13.0.1-1", "13.0.2-*")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import hardware_trees as trees
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import driver_state
@@ -39,3 +42,23 @@ def test_packages_that_ask_for_a_reboot(tmp_path):
     assert driver_state.asking(str(tmp_path)) == []
     trees.put(tmp_path, "run/reboot-required.pkgs", "linux-base\nnvidia-kernel-open-dkms\nlinux-base\n")
     assert driver_state.asking(str(tmp_path)) == ["linux-base", "nvidia-kernel-open-dkms"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("modprobe: FATAL: Module nvidia not found in directory /lib/modules/6.1.0-30-amd64\n", ["/lib/modules/6.1.0-30-amd64", "DKMS", "make.log"]),
+        ("modprobe: ERROR: could not insert 'nvidia': Key was rejected by service\n", ["Secure Boot", "mokutil --import"]),
+        ("modprobe: ERROR: could not insert 'nvidia': No such device\n", []),
+        ("", []),
+    ],
+)
+def test_a_module_that_no_reboot_would_bring_is_told_at_once(error, words):
+    text = driver_state.refusal("nvidia", error)
+    assert bool(text) is bool(words) and all(word in text for word in words)
+
+
+@pytest.mark.skipif(not shutil.which("modprobe"), reason="kmod is needed to ask it")
+def test_modprobe_really_says_so():
+    error = subprocess.run(["modprobe", "--dry-run", "onprem_torch_none"], capture_output=True, text=True, check=False).stderr
+    assert "DKMS has not built it" in driver_state.refusal("onprem_torch_none", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 
@@ -101,3 +102,20 @@ def test_uv_is_unpacked_once_and_whole(tmp_path):
 def test_without_a_wheel_of_uv_there_is_a_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match="no wheel of uv"):
         environment.unpack_uv(str(tmp_path), str(tmp_path / "bin/uv"))
+
+
+def test_an_existing_environment_is_asked_again_once_its_torch_nccl_or_the_driver_changes(tmp_path):
+    packages = tmp_path / "lib/python3.11/site-packages"
+    (packages / "torch").mkdir(parents=True)
+    (packages / "torch/version.py").write_text("__version__ = '2.13.0'\n")
+    stamps = [environment.existing_stamp(str(tmp_path), "580.105.08")]
+    assert environment.existing_stamp(str(tmp_path), "580.105.08") == stamps[0]
+    stamps.append(environment.existing_stamp(str(tmp_path), "580.159.03"))
+    os.utime(packages / "torch/version.py", ns=(0, 5))
+    stamps.append(environment.existing_stamp(str(tmp_path), "580.105.08"))
+    (packages / "nvidia_nccl_cu13-2.29.7.dist-info").mkdir()
+    stamps.append(environment.existing_stamp(str(tmp_path), "580.105.08"))
+    assert len({repr(stamp) for stamp in stamps}) == 4
+    record = environment.existing_record("/opt/onprem.torch", "/env/")
+    assert record == environment.existing_record("/opt/onprem.torch", "/env") and record.startswith("/opt/onprem.torch/existing/")
+    assert json.loads(json.dumps(stamps[0])) == stamps[0], "it is compared with what a file says"

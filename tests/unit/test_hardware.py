@@ -126,7 +126,15 @@ def test_every_named_product_has_a_generation(device):
 
 def test_unknown_products_of_a_known_chip_tell_their_generation():
     assert gpu_names.lookup(0x237E) == ("", "Hopper", "sm_90")
-    assert gpu_names.lookup(0x0001) == ("", "", "")
+    assert gpu_names.lookup(0x0001) == gpu_names.lookup(0x4000) == ("", "", "")
+    assert gpu_names.lookup(0x102D) == ("NVIDIA Tesla K80", "Kepler", "sm_37")
+    assert gpu_names.lookup(0x15F8).architecture == "sm_60", "a P100 between two blocks of Maxwell"
+    assert {gpu_names.lookup(device).architecture for device in (0x0FF6, 0x1023, 0x1180, 0x1287)} <= {"sm_30", "sm_35"}
+
+
+def test_the_blocks_of_chips_follow_each_other():
+    ends = [edge for first, last, _generation, _architecture in gpu_names.CHIPS for edge in (first, last + 1)]
+    assert ends == sorted(ends)
 
 
 def test_this_machine_answers_quickly():

@@ -174,3 +174,27 @@ def test_our_jobs_are_found_by_their_units(tmp_path):
 def test_a_unit_that_somebody_edited_does_not_raise(tmp_path, text):
     put(tmp_path, "etc/systemd/system/torchrun-train.service", text)
     assert node_facts.jobs(str(tmp_path))[0]["master_port"] == 0
+
+
+HERE = {"machine_id": "a", "boot_id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("node", "container", "same"),
+    [
+        (HERE, False, True),
+        ({"machine_id": "b", "boot_id": "1"}, False, True),  # Ansible runs in a container on the node
+        ({"machine_id": "a", "boot_id": "2"}, False, False),  # made of the same image
+        ({"machine_id": "b", "boot_id": "2"}, False, False),
+        ({"machine_id": "b", "boot_id": "1"}, True, False),  # a container beside Ansible has its host's kernel
+        (HERE, True, True),  # Ansible and the node are one container
+    ],
+)
+def test_the_control_node_is_known_among_the_nodes(node, container, same):
+    assert node_facts.same_machine(HERE, node, container) is same
+
+
+def test_a_machine_that_does_not_tell_its_boot_is_no_other(tmp_path):
+    nothing = node_facts.machine(str(tmp_path))
+    assert nothing == {"machine_id": "", "boot_id": ""} and not node_facts.same_machine(nothing, nothing, False)
+    assert node_facts.machine()["boot_id"]

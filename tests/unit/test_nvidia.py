@@ -18,6 +18,7 @@ A100 = {"gpus": 8, "device": "0x20b2", "switches": 6}
 B200 = {"gpus": 8, "device": "0x2901", "bridges": 4}
 L40S = {"gpus": 4, "device": "0x26b9"}
 V100 = {"gpus": 4, "device": "0x1db5"}
+K80 = {"gpus": 2, "device": "0x102d"}
 
 
 def found(folder, machine, distribution=None, **changes):
@@ -70,6 +71,27 @@ def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, mach
 
 
 @pytest.mark.parametrize(
+    ("running", "images", "headers"),
+    [
+        ("6.1.0-30-amd64", [], ["6.1.0-30-amd64"]),
+        ("6.1.0-30-amd64", ["6.1.0-28-amd64", "6.1.0-30-amd64", "amd64"], ["6.1.0-30-amd64", "amd64"]),
+        ("6.1.0-9-amd64", ["6.1.0-10-amd64"], ["6.1.0-9-amd64", "6.1.0-10-amd64"]),
+        ("6.12.48+deb13-cloud-amd64", ["6.12.57+deb13-cloud-amd64", "cloud-amd64"], ["6.12.48+deb13-cloud-amd64", "6.12.57+deb13-cloud-amd64", "cloud-amd64"]),
+        ("6.8.0-45-generic", ["6.8.0-90-generic", "generic-hwe-24.04"], ["6.8.0-45-generic", "6.8.0-90-generic", "generic-hwe-24.04"]),
+        ("6.8.0-45-generic", ["unsigned-6.8.0-90-generic", "6.8.0-90-generic-dbg"], ["6.8.0-45-generic"]),
+        ("6.1.0-30-amd64", ["6.1.0-31-amd64-unsigned"], ["6.1.0-30-amd64"]),
+    ],
+)
+def test_kernels_that_boot_later_get_their_headers_too(tmp_path, running, images, headers):
+    findings = found(tmp_path, L40S)
+    entry = {"version": "1", "want": "install", "flag": "ok", "state": "installed"}
+    findings.update(kernel=running, packages={f"linux-image-{name}": entry for name in images})
+    _line, decision, problems = decide(findings)
+    assert problems == []
+    assert [name for name in names(decision) if name.startswith("linux-")] == [f"linux-headers-{name}" for name in headers]
+
+
+@pytest.mark.parametrize(
     ("machine", "variables", "line"),
     [
         (H100, {}, "13.0"),
@@ -95,6 +117,8 @@ def test_the_newest_line_that_fits_is_taken(tmp_path, machine, variables, line):
         (H100, {"cuda_version": "12.7"}, ["cuda_version is '12.7'", "13.0, 12.9, 12.8, 12.6, cpu", "nearest"]),
         (V100, {"cuda_version": "13.0"}, ["n1: ", "V100", "sm_70", "not supported", "cuda_version: '12.9'"]),
         (B200, {"cuda_version": "12.6"}, ["B200", "sm_100", "cuda_version: '13.0'"]),
+        (K80, {}, ["n1: ", "Tesla K80 (sm_37)", "any CUDA line", "take the host out of the group"]),
+        ({"gpus": 1, "device": "0x06d1"}, {"cuda_version": "12.6"}, ["Fermi or older (sm_20)", "take the host out of the group"]),
         (H100, {"cuda_version": "12.8"}, ["pytorch_version is 2.13.0", "2.7.0 to 2.11.0", "cuda_version: '13.0'"]),
         (H100, {"nvidia_driver_manage": False}, ["no driver", "nvidia_driver_manage: true"]),
         (H100, {"nvidia_driver_version": "580"}, ["nvidia_driver_version is '580'", "all of its numbers"]),
@@ -111,6 +135,36 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, machine, variable
     assert len(problems) == 1, problems
     assert all(word in problems[0] for word in words), problems[0]
     assert problems[0].count("\n") == 0 and problems[0].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nearest"),
+    [("12.7", "12.8"), ("13.1", "13.0"), ("14.0", "13.0"), ("11.8", "12.6"), ("12", "12.9"), ("12.9.1", "12.9"), ("cu128", "12.8"), ("newest", "13.0")],
+)
+def test_the_nearest_line_is_offered_for_an_unknown_one(tmp_path, wanted, nearest):
+    _line, decision, problems = decide(found(tmp_path, H100), cuda_version=wanted)
+    assert len(problems) == 1 and f"set cuda_version: '{nearest}', the nearest one" in problems[0], problems
+    assert decision == {}, "nothing is decided on a guess"
+
+
+@pytest.mark.parametrize(
+    ("driver", "variables", "words"),
+    [
+        # torch 2.13 exists for CUDA 12.6, 12.9 and 13.0; a driver of 2021 runs none of them.
+        ("470.82.01", {}, ["470.82.01", "or newer", "upgrade the driver"]),
+        ("550.90.07", {"cuda_version": "13.0"}, ["550.90.07", "580.65.06", "set cuda_version: '12.9', or upgrade the driver"]),
+        (
+            "550.90.07",
+            {"pytorch_source": "existing", "pytorch_environment": "/env"},
+            ["torch 2.13.0+cu130 is built for CUDA 13.0", "580.65.06", "550.90.07", "pytorch_environment"],
+        ),
+    ],
+)
+def test_a_torch_newer_than_the_driver_allows_is_named(tmp_path, driver, variables, words):
+    findings = found(tmp_path, {**L40S, "driver": driver})
+    findings.update(torch={"/env": "2.13.0+cu130"}, torch_builds={"/env": {"cuda": "13.0", "nccl": "2.28.9"}})
+    _line, _decision, problems = decide(findings, nvidia_driver_manage=False, **variables)
+    assert len(problems) == 1 and problems[0].startswith("n1: ") and all(word in problems[0] for word in words), problems
 
 
 def test_an_unknown_distribution_is_told_of_the_way_out(tmp_path):
@@ -130,9 +184,25 @@ def test_a_good_driver_is_left_alone(tmp_path):
     assert (decision["driver"]["action"], decision["driver"]["wanted"]) == ("keep", False)
 
 
-def test_our_own_driver_is_kept_in_shape(tmp_path):
-    _line, decision, _problems = decide(found(tmp_path, {**L40S, "driver": "580.105.08"}))
-    assert decision["driver"]["wanted"] and not decision["driver"]["reboot_expected"]
+OURS = ["nvidia-driver*", "nvidia-kernel*", "nvidia-fabricmanager*", "libnvidia-ml*"]
+
+
+@pytest.mark.parametrize("running", ["580.105.08", "580.159.04"])
+@pytest.mark.parametrize("machine", [L40S, H100], ids=["pcie", "nvswitch"])
+def test_our_own_driver_is_kept_in_shape_at_its_version(tmp_path, machine, running):
+    findings = found(tmp_path, {**machine, "driver": running})
+    findings["own_pins"] = OURS
+    _line, decision, problems = decide(findings)
+    assert problems == [] and decision["driver"]["wanted"] and not decision["driver"]["reboot_expected"]
+    pins = decision["driver"]["settings"]["pins"]
+    assert pins == [{"packages": MANIFEST["driver_family"], "version": f"{running}-*"}], "fewer pins would release the rest of the family"
+
+
+@pytest.mark.parametrize("pins", [[], ["libnccl2", "libnccl-dev"], ["nvidia-fabricmanager"]])
+def test_a_driver_of_the_manifests_version_that_somebody_else_installed_is_left_alone(tmp_path, pins):
+    findings = found(tmp_path, {**L40S, "driver": MANIFEST["driver"]["version"]})
+    findings["own_pins"] = pins
+    assert (decide(findings)[1]["driver"]["action"], decide(findings)[1]["driver"]["wanted"]) == ("keep", False)
 
 
 def test_a_driver_that_is_asked_for_by_version_replaces_a_good_one(tmp_path):
@@ -222,6 +292,16 @@ def test_the_toolkit_and_nccl_of_the_line(tmp_path):
     _line, decision, _problems = decide(found(tmp_path, H100), cuda_version="12.9", cuda_toolkit=True, nccl_library=True)
     assert decision["cuda"]["settings"]["packages"] == [{"name": "cuda-toolkit-12-9", "version": "12.9.1-*"}]
     assert {entry["version"] for entry in decision["nccl"]["settings"]["packages"]} == {"2.29.7-1+cuda12.9"}
+    assert decision["cuda"]["settings"]["pins"] == [
+        {"packages": ["cuda-toolkit-12-9"], "version": "12.9.1-*"},
+        {"packages": ["cuda-*-12-9*", "lib*-12-9", "gds-tools-12-9"], "version": ""},
+    ]
+
+
+def test_the_subnet_manager_of_nvlink_5_is_held_at_its_own_version(tmp_path):
+    pins = decide(found(tmp_path, B200, NOBLE))[1]["driver"]["settings"]["pins"]
+    assert pins[1:] == [{"packages": ["nvlsm"], "version": ""}]
+    assert len(decide(found(tmp_path / "b", H100))[1]["driver"]["settings"]["pins"]) == 1
 
 
 def test_nccl_conf_names_the_training_interface_unless_the_user_does(tmp_path):
@@ -307,6 +387,7 @@ def test_who_reboots(tmp_path, changes, variables, word):
 
 def test_the_other_kind_of_kernel_modules_means_a_reboot(tmp_path):
     findings = found(tmp_path, {**L40S, "driver": "580.105.08", "open_modules": False})
+    findings["own_pins"] = OURS
     assert decide(findings)[1]["driver"]["reboot_expected"]
     assert not decide(findings, nvidia_driver_kernel_modules="proprietary")[1]["driver"]["reboot_expected"]
 
@@ -390,6 +471,28 @@ def test_an_existing_environment_that_cannot_work_is_named(tmp_path, cuda, words
     problems = existing(tmp_path, cuda)[2]
     assert problems and all("n1: " in problem for problem in problems)
     assert any(words in problem for problem in problems)
+
+
+def test_existing_environments_with_another_nccl_than_the_others_are_named(tmp_path):
+    variables = {"pytorch_source": "existing", "pytorch_environment": "/env"}
+    nodes = []
+    for name, version in (("n1", "2.28.9"), ("n2", "2.28.9"), ("n3", "2.27.5"), ("n4", "")):
+        findings = found(tmp_path / name, {**L40S, "driver": "580.105.08"})
+        findings.update(torch={"/env": "2.13.0"}, torch_builds={"/env": {"cuda": "13.0", "nccl": version}})
+        nodes.append((name, host(name, found=findings, **variables).variables, findings))
+    problems = [problem.sentence() for problem in nvidia.decide_all(nodes, MANIFEST, {})[2]]
+    assert problems == [
+        "n3: /env has NCCL 2.27.5, but n1 has 2.28.9, and all nodes need the same; install the same torch and NCCL in all environments."
+    ]
+    assert nvidia.decide_all(nodes[:2], MANIFEST, {})[2] == []
+
+
+def test_what_later_sets_need_is_looked_for_before_the_first_one_changes_anything(tmp_path):
+    _line, decision, _problems = decide(found(tmp_path, H100), cuda_toolkit=True, nccl_library=True)
+    library = decision["nccl"]["settings"]["packages"]
+    assert decision["driver"]["settings"]["further"] == [*decision["cuda"]["settings"]["packages"], *library]
+    assert decision["cuda"]["settings"]["further"] == library and len(library) == 2
+    assert "further" not in decision["nccl"]["settings"]
 
 
 def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):

@@ -39,6 +39,8 @@ def test_which_gpus_run_which_code(built, architecture, runs):
         ({"torch": "2.13.0"}, H100, "580.105.08", "", ""),
         ({"torch": "2.13.0+cpu", "cuda": ""}, H100, "580.105.08", "", "torch 2.13.0+cpu is a build for CPUs, but the node has NVIDIA H100; "),
         ({"torch": "2.13.0", "cuda": "13.0"}, H100, "580.105.08", "12.9", "is built for CUDA 13.0, but cuda_version is 12.9; "),
+        ({"torch": "2.13.0", "cuda": "13.0", "nccl": None}, H100, "580.105.08", "", "torch 2.13.0 is built without NCCL"),
+        ({"torch": "2.13.0", "cuda": "13.0", "nccl": ""}, H100, "580.105.08", "", ""),
         ({"torch": "2.13.0", "cuda": "13.0"}, H100, "570.86.15", "", "needs the driver 580.65.06 or newer, but 570.86.15 runs; "),
         ({"torch": "2.13.0", "cuda": "12.6"}, H100, "550.54.14", "", ""),
         ({"torch": "2.13.0", "cuda": "13.0", "architectures": ["sm_75", "sm_100"]}, H100, "", "", "no code for NVIDIA H100 (sm_90), only for sm_75, sm_100; "),
