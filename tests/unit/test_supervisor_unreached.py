@@ -36,9 +36,9 @@ def namespace():
 @pytest.mark.parametrize(
     ("verdict", "expected"),
     [
-        ("drop", "no answer: a firewall drops the connection, or the host is off"),
-        ("reject with icmpx admin-prohibited", "no route to host: a firewall rejects the connection, or the host is off"),
-        ("counter", "connection refused: it does not run yet, or a firewall rejects it"),
+        ("drop", "127.0.0.1 drops TCP from 127.0.0.2 to port 29501: look at its firewall, or it is off"),
+        ("reject with icmpx admin-prohibited", "127.0.0.1 rejects TCP from 127.0.0.2 to port 29501, no route to host: look at its firewall, or it is off"),
+        ("counter", "127.0.0.1 refuses TCP from 127.0.0.2 to port 29501: it does not run yet, or a firewall rejects it"),
     ],
     ids=["dropped", "rejected", "refused"],
 )

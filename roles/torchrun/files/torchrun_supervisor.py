@@ -1316,16 +1316,20 @@ def connected(sock: socket.socket) -> bool:
     return True
 
 
-def unreached(why: str, answered: bool) -> str:
-    """Why rank 0's supervisor was not reached, and what that tells of firewalls."""
+def unreached(why: str, answered: bool, source: str, target: str, port: str) -> str:
+    """Why rank 0's supervisor was not reached, and what that tells of firewalls.
+
+    source: this node's address, empty for any. target, port: those of rank 0's supervisor.
+    """
+    tcp = f"TCP from {source} to port {port}" if source else f"TCP to port {port}"
     if answered:
         return why
     if why == "no handshake":
-        return "no answer: a firewall drops the connection, or the host is off"
+        return f"{target} drops {tcp}: look at its firewall, or it is off"
     if why == "connection refused":
-        return "connection refused: it does not run yet, or a firewall rejects it"
+        return f"{target} refuses {tcp}: it does not run yet, or a firewall rejects it"
     if why in ("no route to host", "permission denied"):
-        return f"{why}: a firewall rejects the connection, or the host is off"
+        return f"{target} rejects {tcp}, {why}: look at its firewall, or it is off"
     return why
 
 
@@ -1560,13 +1564,22 @@ class Supervisor:
         self.links[sock.fileno()] = link
         self.selector.register(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if rank is not None else 0), link)
 
+    def rank0(self) -> tuple[str, str]:
+        """Address and port of rank 0's supervisor."""
+        address, _colon, port = self.options.coordinator.rpartition(":")
+        return address.strip("[]"), port
+
+    def why_unreached(self, why: str, answered: bool) -> str:
+        """A sentence on why rank 0's supervisor was not reached."""
+        return unreached(why, answered, self.options.bind.strip("[]"), *self.rank0())
+
     def drop(self, link: Link, why: str, now: float) -> None:
         """Close a connection and draw the consequences."""
         descriptor = link.sock.fileno()
         if self.links.pop(descriptor, None) is None:
             return
         if not self.coordinator and not link.session.open:
-            self.unreached = unreached(why, connected(link.sock))
+            self.unreached = self.why_unreached(why, connected(link.sock))
         self.selector.unregister(link.sock)
         link.sock.close()
         if self.coordinator:
@@ -1588,8 +1601,7 @@ class Supervisor:
         if self.coordinator or self.links or now < self.next_connect or self.code is not None:
             return
         self.next_connect = now + self.limits.heartbeat
-        address, _colon, port = self.options.coordinator.rpartition(":")
-        address = address.strip("[]")
+        address, port = self.rank0()
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         try:
@@ -1600,7 +1612,7 @@ class Supervisor:
             code = error.errno or errno.EINVAL
         if code not in (0, errno.EINPROGRESS):
             sock.close()
-            self.unreached = unreached(os.strerror(code).lower(), False)
+            self.unreached = self.why_unreached(os.strerror(code).lower(), False)
             return
         self.sent_report = None
         self.add_link(sock, self.rank, now)
