@@ -16,7 +16,9 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from supervisor_support import PATH
+from supervisor_support import PATH, load
+
+supervisor = load()
 
 TABLE = "table inet t {{ chain input {{ type filter hook input priority 0; tcp dport 29501 {verdict};\n}}\n}}\n"
 
@@ -60,3 +62,29 @@ def test_a_member_says_why_rank_0_is_not_reached(namespace, tmp_path, verdict, e
             member.kill()
             member.wait()
     assert text == f"waiting for rank 0's supervisor at 127.0.0.1:29501 ({expected})", (tmp_path / "log").read_text()
+
+
+CONNECT = "import socket, time; s = socket.socket(socket.{family}); s.setblocking(False); s.bind(('{own}', 0)); s.connect_ex(('{to}', 29501)); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "to"),
+    [("AF_INET", "127.0.0.2", "127.0.0.1"), ("AF_INET6", "::1", "::1"), ("AF_INET6", "::ffff:127.0.0.2", "::ffff:127.0.0.1")],
+    ids=["IPv4", "IPv6", "IPv4 in IPv6"],
+)
+def test_a_connection_that_nobody_answers_is_seen_in_the_kernels_table(namespace, family, own, to):
+    subprocess.run([*namespace, "nft", "-f", "-"], input=TABLE.format(verdict="drop"), text=True, check=True)
+    child = subprocess.Popen([*namespace, sys.executable, "-c", CONNECT.format(family=family, own=own, to=to)])
+    expected = [(own.replace("::ffff:", ""), to.replace("::ffff:", ""), 29501)]
+    try:
+        deadline, began, found = time.monotonic() + 30, time.monotonic(), []
+        while found != expected and time.monotonic() < deadline:
+            tables = subprocess.run([*namespace, "cat", *supervisor.TCP_TABLES], capture_output=True, text=True, check=True).stdout
+            found = supervisor.unanswered(tables, os.getuid())
+            time.sleep(0.2)
+        assert found == expected
+        assert time.monotonic() - began > 2, "an answer that is a moment late is no firewall"
+        assert supervisor.unanswered(tables, os.getuid() + 1) == []
+    finally:
+        child.kill()
+        child.wait()
