@@ -93,22 +93,23 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
         if request.interface and not node.has_interface(request.interface):
             known = ", ".join(name for name in node.interfaces() if name != "lo")
             problems.append(f"cluster_interface is {request.interface}, which this node does not have; choose one of {known}.")
-        if problems:
-            raise SpecError(problems)
         before = plan.range_before(facts)
-        rules = parse_job(
-            request.job,
-            request.ports,
-            request.peers,
-            request.interface,
-            request.trust_peers,
-            kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
-            narrow_range=request.ephemeral_ports,
-            protect=request.protect,
-            monitoring=request.monitoring_ports,
-            management_ports=facts.management_ports,
-        )
-        jobs[rules.job] = rules
+        try:
+            rules = parse_job(
+                request.job,
+                request.ports,
+                request.peers,
+                request.interface,
+                request.trust_peers,
+                kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
+                narrow_range=request.ephemeral_ports,
+                protect=request.protect,
+                monitoring=request.monitoring_ports,
+                management_ports=facts.management_ports,
+            )
+            jobs[rules.job] = rules
+        except SpecError as error:
+            problems += error.problems
     if problems:
         raise SpecError(problems)
     result = [jobs[name] for name in sorted(jobs)]

@@ -88,3 +88,17 @@ def test_a_connection_that_nobody_answers_is_seen_in_the_kernels_table(namespace
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_failure_that_an_unanswered_connection_explains_names_it(tmp_path):
+    torchrun = supervisor.Torchrun(supervisor.MarkedTree(str(tmp_path)), str(tmp_path), str(tmp_path / "errors"), "", lambda: None)
+    torchrun.start(["sh", "-c", "echo 'RuntimeError: connect timed out' >&2; exit 1"], 1)
+    torchrun.process.wait()
+    torchrun.close()
+    assert torchrun.cause()["error"] == "RuntimeError: connect timed out"
+    sentence = "198.18.0.11 drops TCP from 198.18.0.12 to port 41234, look at its firewall"
+    torchrun.blocked[sentence] = time.monotonic()
+    cause = torchrun.cause()
+    assert cause["own"] and not cause["echo"] and cause["error"] == f"{sentence}; RuntimeError: connect timed out"
+    torchrun.blocked[sentence] -= 2 * supervisor.BLOCKED_COUNTS
+    assert torchrun.cause()["error"] == "RuntimeError: connect timed out", "it came through in the meantime"

@@ -1035,7 +1035,7 @@ class Torchrun:
         if self.stuck:
             cause.update(reason="hang", own=True, error="; ".join(self.stuck[:4]))
         blocked = self.still_blocked()[:1]
-        if blocked and (cause["echo"] or not cause["error"]):
+        if blocked and (cause["echo"] or not cause["error"] or UNREACHED.search(cause["error"])):
             cause.update(own=True, echo=False, error="; ".join(blocked + ([cause["error"]] if cause["error"] else [])))
         cause["own"] = bool(cause["own"] or self.failed_at)
         cause["error"] = cause["error"][:2000] if cause["error"] else None
@@ -1108,6 +1108,10 @@ ECHO = re.compile(r"Connection (closed|reset|refused)|closed by peer|Broken pipe
                   r"NCCL (communicator was aborted|error.*remote)|ncclRemoteError|[Ww]atchdog|Timed? ?out|timeout|"
                   r"failed to recv|Failed to (recv|send)|DistNetworkError|DistStoreError|RendezvousConnectionError|"
                   r"Socket (Timeout|error)|heartbeat", re.ASCII)
+
+
+# What a worker says when a connection did not come about.
+UNREACHED = re.compile(r"timed? ?out|connect", re.ASCII | re.IGNORECASE)
 
 
 def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:

@@ -287,6 +287,19 @@ def test_bad_input_is_named_all_at_once_before_anything_changes():
     lost = {"cluster_group": "debian12", "cluster_interface": "{{ 'eth9' if inventory_hostname == 'fwd12' else 'host0' }}"}
     done = ansible("ansible-playbook", "onprem.torch.provision", "-e", json.dumps(lost))
     assert "fwd12: cluster_interface is 'eth9', but the node's interfaces are host0" in done.stdout
+    # What the plan cannot let through, the module itself refuses, too.
+    asked = {"job": "train", "ports": [MASTER, MASTER], "peers": [], "interface": "eth9"}
+    for name, answer in module(asked).items():
+        interface, port, peers = answer["problems"]
+        assert interface == "cluster_interface is eth9, which this node does not have; choose one of host0."
+        assert f"names port {MASTER} twice" in port and peers.startswith("The peers' list is empty")
+        assert answer["msg"].startswith(f"{name}: {interface} {name}: ")
+    BY_NAME["nft12"].run("mv /usr/sbin/ufw /root/ufw")
+    try:
+        answer = module({**asked, "ports": [MASTER], "peers": ["198.18.48.11"], "interface": "host0", "backend": "ufw"}, "nft12")["nft12"]
+    finally:
+        BY_NAME["nft12"].run("mv /root/ufw /usr/sbin/ufw")
+    assert answer["msg"].startswith("nft12: firewall_backend is ufw, which is not installed; install and enable it"), answer
     in_sync()
 
 
