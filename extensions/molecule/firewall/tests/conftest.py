@@ -178,19 +178,14 @@ def assert_packets(nodes: t.Sequence[Node] = NODES) -> None:
     wanted = dict.fromkeys((MASTER, SUPERVISOR, VERIFIER, EPHEMERAL), "hello")
     on_all(Node.listen, nodes)
 
-    def check(node: Node) -> None:
-        peer = nodes[(nodes.index(node) + 1) % len(nodes)]
-        for address in (node.address, node.address6):
-            assert peer.connect(address, *wanted, 22) == {**wanted, 22: "SSH-2"}, f"{peer.name} to {node.name}"
-            found = from_outsider(address, *wanted, 22)
-            assert found.pop(22) == "SSH-2"
-            # firewalld rejects with ICMP (no route to host), the others drop.
-            assert set(found.values()) <= {"dropped", "No route to host", "Permission denied"}, f"outsider to {node.name}: {found}"
+    def check(node: Node, key: str) -> None:
+        peer, address = nodes[(nodes.index(node) + 1) % len(nodes)], getattr(node, key)
+        assert peer.connect(address, *wanted, 22) == {**wanted, 22: "SSH-2"}, f"{peer.name} to {node.name}"
+        found = from_outsider(address, *wanted, 22)
+        assert found.pop(22) == "SSH-2"
+        # firewalld rejects with ICMP (no route to host), the others drop.
+        assert set(found.values()) <= {"dropped", "No route to host", "Permission denied"}, f"outsider to {node.name}: {found}"
 
-    on_all(check, nodes)
-
-
-@pytest.fixture(params=NODES, ids=lambda node: node.name)
-def node(request: pytest.FixtureRequest) -> Node:
-    """Each node in turn."""
-    return request.param
+    with concurrent.futures.ThreadPoolExecutor(2 * len(nodes)) as pool:
+        for done in [pool.submit(check, node, key) for key in ("address", "address6") for node in nodes]:
+            done.result()
