@@ -65,6 +65,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = 1
 
 
+MEASURED: list[str] = []  # lines that are shown at the end, also where everything passed
+
+
+def pytest_terminal_summary(terminalreporter: t.Any) -> None:
+    """Show what was measured."""
+    for line in MEASURED:
+        terminalreporter.write_line(line)
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """A booted node."""
