@@ -60,6 +60,7 @@ def test_backend_is_the_active_one():
     for name, answer in module({"state": "verified"}).items():
         assert name in BACKENDS[answer["backend"]]
         assert answer["protected"] == (name == "nft12")
+    assert "install ok installed" in BY_NAME["ufw12"].run("dpkg-query -W -f '${Status}' ipset"), "it was not there before the role"
 
 
 def test_outsider_meets_exactly_the_expected_ports_of_all_65535():
