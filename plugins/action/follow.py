@@ -118,10 +118,12 @@ class Others:
         self.shells: dict[str, connections.Shell] = {}
         self.obstacles: list[str] = []
         self.asked = time.monotonic()
+        self.until = self.asked + float(job["start_timeout"])  # a job that says nothing of its steps is left alone then
 
     def ask(self) -> None:
         """Ask all of them, unless that was a moment ago, and show what is new."""
-        if not self.hosts or time.monotonic() - self.asked < SECONDS_BETWEEN_QUESTIONS:
+        now = time.monotonic()
+        if not self.hosts or now - self.asked < SECONDS_BETWEEN_QUESTIONS or now > self.until:
             return
         if not self.shells:
             self.shells = {host: connections.shell(self.action, host, self.hostvars) for host in self.hosts}
