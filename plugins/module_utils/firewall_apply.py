@@ -126,7 +126,8 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
         jobs = jobs_after(node, request, facts)
         wanted = plan.target(request.backend, jobs, facts)
         changes = plan.file_changes(wanted, facts)
-        differences = plan.live_differences(wanted, facts)
+        missing = plan.missing_packages(wanted, facts)
+        differences = plan.live_differences(wanted, facts) + [f"The package {name} is not installed." for name in missing]
         if request.state == "verified" and request.job and request.job not in [job.job for job in jobs]:
             differences.append(f"The node holds no firewall rules of the job {request.job}.")
         result: dict[str, Any] = {
@@ -136,7 +137,7 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
             "jobs": [job.job for job in jobs],
             "differences": [_sentence(path, *texts) for path, texts in changes.items()] + differences,
             "in_sync": not changes and not differences,
-            "missing_packages": plan.missing_packages(wanted, facts),
+            "missing_packages": missing,
             "pending": False,
         }
         result["changed"] = not result["in_sync"] and request.state != "verified"
