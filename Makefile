@@ -23,7 +23,7 @@ test: setup ## Run the checks
 	@tools/test.sh
 
 test-open: setup ## Run the checks that are not yet seen to pass as a whole
-	@tools/test.sh molecule-firewall interrupts
+	@tools/test.sh interrupts
 
 lint: setup ## ansible-lint, production profile
 	ansible-lint --offline

@@ -15,6 +15,7 @@ suites=(
     "inventory: pytest -q tests/inventory"
     "molecule-default: molecule test --scenario-name default"
     "molecule-nvidia: molecule test --scenario-name nvidia"
+    "molecule-firewall: molecule test --scenario-name firewall"
     "nvidia: pytest -q tests/nvidia"
     "verify: pytest -q tests/verify"
     "faults: pytest -q tests/faults"
@@ -22,7 +23,6 @@ suites=(
 )
 # Not yet seen to pass as a whole on this tree; they run when they are named: tools/test.sh faults, or all of them with make test-open.
 open_suites=(
-    "molecule-firewall: molecule test --scenario-name firewall"
     "interrupts: pytest -q tests/interrupts"
 )
 

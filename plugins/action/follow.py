@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import time
 import typing as t
+from concurrent.futures import ThreadPoolExecutor
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import progress
+from ansible_collections.onprem.torch.plugins.plugin_utils import connections
 
 display = Display()
 # A look costs the node a few milliseconds; a person does not read faster.
 SECONDS_BETWEEN_LOOKS = 1.0
+# While no step is seen, the other nodes are asked every so often what keeps them, this many at once.
+SECONDS_BETWEEN_QUESTIONS = 15.0
+AT_ONCE = 32
 
 
 class ActionModule(ActionBase):
@@ -34,12 +39,14 @@ class ActionModule(ActionBase):
                 "host": {"type": "str", "required": True},
                 "wait_for": {"type": "str", "choices": ["first_step", "finished"], "default": "first_step"},
                 "again": {"type": "str", "default": ""},
+                "others": {"type": "list", "elements": "str", "default": []},
             }
         )
         result.update(changed=False)
         if self._task.check_mode:
             result.update(skipped=True, msg="nothing is started in check mode, so there is nothing to follow")
             return result
+        self.others = Others(self, arguments["job"], arguments["others"], (task_vars or {}).get("hostvars"))
         found = self._follow(arguments["job"], arguments["host"], arguments["wait_for"], arguments["again"])
         result.update(found)
         display.display("\n" + "\n".join(progress.summary(arguments["job"], arguments["host"], found)) + "\n")
@@ -79,6 +86,8 @@ class ActionModule(ActionBase):
                 return {**found, "failed": True, "msg": progress.ending(job, outcome, look), "cause": cause}
             if outcome in ("stopped", "finished"):
                 return {**found, "failed": outcome == "stopped", "msg": progress.ending(job, outcome, look)}
+            if outcome == "running" and not last_step:
+                self.others.ask()
             if until == "first_step" and (last_step or look.checkpoint != first_checkpoint):
                 return {**found, "msg": f"the job {job['name']} trains"}
             if time.monotonic() - seen > job["start_timeout"] and not last_step:
@@ -86,6 +95,7 @@ class ActionModule(ActionBase):
                     f"{host} has printed nothing for {job['start_timeout']} s and no step was seen; "
                     f"the job runs on: see {again}, or raise torchrun_start_timeout"
                 )
+                text = "; ".join([*self.others.obstacles, text])
                 return {**found, "failed": True, "msg": text}
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -98,3 +108,30 @@ class ActionModule(ActionBase):
         if progress.MARK not in answer["stdout"]:
             return None
         return progress.parse(answer["stdout"])
+
+
+class Others:
+    """The nodes of other ranks, which know what rank 0's journal does not: why they cannot reach it."""
+
+    def __init__(self, action: ActionBase, job: dict[str, t.Any], hosts: t.Sequence[str], hostvars: t.Any) -> None:
+        self.action, self.job, self.hosts, self.hostvars = action, job, hosts, hostvars
+        self.shells: dict[str, connections.Shell] = {}
+        self.obstacles: list[str] = []
+        self.asked = time.monotonic()
+        self.until = self.asked + float(job["start_timeout"])  # a job that says nothing of its steps is left alone then
+
+    def ask(self) -> None:
+        """Ask all of them, unless that was a moment ago, and show what is new."""
+        now = time.monotonic()
+        if not self.hosts or now - self.asked < SECONDS_BETWEEN_QUESTIONS or now > self.until:
+            return
+        if not self.shells:
+            self.shells = {host: connections.shell(self.action, host, self.hostvars) for host in self.hosts}
+        with ThreadPoolExecutor(min(AT_ONCE, len(self.hosts))) as pool:
+            words = progress.state_command(self.job)
+            states = dict(zip(self.hosts, pool.map(lambda host: self.shells[host].output(words), self.hosts)))
+        before, self.obstacles = self.obstacles, progress.obstacles(states)
+        for sentence in self.obstacles:
+            if sentence not in before:
+                display.display(f"  {sentence}")
+        self.asked = time.monotonic()

@@ -93,22 +93,23 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
         if request.interface and not node.has_interface(request.interface):
             known = ", ".join(name for name in node.interfaces() if name != "lo")
             problems.append(f"cluster_interface is {request.interface}, which this node does not have; choose one of {known}.")
-        if problems:
-            raise SpecError(problems)
         before = plan.range_before(facts)
-        rules = parse_job(
-            request.job,
-            request.ports,
-            request.peers,
-            request.interface,
-            request.trust_peers,
-            kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
-            narrow_range=request.ephemeral_ports,
-            protect=request.protect,
-            monitoring=request.monitoring_ports,
-            management_ports=facts.management_ports,
-        )
-        jobs[rules.job] = rules
+        try:
+            rules = parse_job(
+                request.job,
+                request.ports,
+                request.peers,
+                request.interface,
+                request.trust_peers,
+                kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
+                narrow_range=request.ephemeral_ports,
+                protect=request.protect,
+                monitoring=request.monitoring_ports,
+                management_ports=facts.management_ports,
+            )
+            jobs[rules.job] = rules
+        except SpecError as error:
+            problems += error.problems
     if problems:
         raise SpecError(problems)
     result = [jobs[name] for name in sorted(jobs)]
@@ -125,7 +126,8 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
         jobs = jobs_after(node, request, facts)
         wanted = plan.target(request.backend, jobs, facts)
         changes = plan.file_changes(wanted, facts)
-        differences = plan.live_differences(wanted, facts)
+        missing = plan.missing_packages(wanted, facts)
+        differences = plan.live_differences(wanted, facts) + [f"The package {name} is not installed." for name in missing]
         if request.state == "verified" and request.job and request.job not in [job.job for job in jobs]:
             differences.append(f"The node holds no firewall rules of the job {request.job}.")
         result: dict[str, Any] = {
@@ -135,7 +137,7 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
             "jobs": [job.job for job in jobs],
             "differences": [_sentence(path, *texts) for path, texts in changes.items()] + differences,
             "in_sync": not changes and not differences,
-            "missing_packages": plan.missing_packages(wanted, facts),
+            "missing_packages": missing,
             "pending": False,
         }
         result["changed"] = not result["in_sync"] and request.state != "verified"

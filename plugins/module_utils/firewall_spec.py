@@ -181,13 +181,15 @@ def parse_job(
     name = str(job or "")
     if not _JOB_NAME.fullmatch(name):
         problems.append(f"torchrun_job is {name!r}; give a name of letters, digits, '_', '.' and '-' that begins with a letter or digit (at most 63).")
+    before = len(problems)
     numbers = parse_ports(ports, "the job's ports (torchrun_master_port, torchrun_supervisor_port, nccl_verify_port)", problems)
-    if not numbers and not problems:
+    if not numbers and len(problems) == before:
         problems.append("The job has no ports; give at least torchrun_master_port.")
     for port in sorted(set(numbers) & set(management_ports)):
         problems.append(f"The job's port {port} is where sshd listens on this node; set torchrun_master_port (and the ports derived from it) to others.")
+    before = len(problems)
     peers4, peers6 = parse_addresses(peers, "the peers' list", problems)
-    if not peers4 and not peers6 and not problems:
+    if not peers4 and not peers6 and len(problems) == before:
         problems.append("The peers' list is empty; the job's nodes need addresses (ansible_host, or cluster_interface with an address).")
     if not _INTERFACE.fullmatch(str(interface or "")):
         problems.append(f"cluster_interface is {interface!r}; give the name of the training interface, as `ip link` shows it.")

@@ -68,7 +68,10 @@ def connections(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str
     """
     how: dict[tuple[str, str, str], list[str]] = {}
     ports: dict[tuple[str, str], int] = {}
+    shown: dict[str, str] = {}
     for host, report in reports.items():
+        address = report.get("facts", {}).get("interface_address", "")
+        shown[host] = f"{address} ({host})" if address else host
         for entry in report.get("connections", []):
             if entry["result"] == "ok" or entry["peer"] not in reports:
                 continue
@@ -79,13 +82,13 @@ def connections(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str
         port = ports[(peer, kind)]
         name = f"port {port} ({PORTS[kind]})"
         many = len(hosts) > 1 and len(hosts) == len(reports) - 1
-        who = "all other nodes" if many else ", ".join(sorted(hosts))
+        who = "all other nodes" if many else ", ".join(shown[host] for host in sorted(hosts))
         if result == "dropped":
-            text = f"packets from {who} to {peer} {name} are silently dropped; look for a firewall's drop rule on {peer} or between them"
+            text = f"{peer} drops TCP from {who} to {name}; look for a firewall's drop rule on {peer} or between them"
         elif result == "refused":
-            text = f"{peer} refuses {name} to {who} though it listens; look for a firewall's reject rule on {peer}"
+            text = f"{peer} refuses TCP from {who} to {name} though it listens; look for a firewall's reject rule on {peer}"
         elif result == "unreachable":
-            text = f"{peer} cannot be reached from {who} on {name} (no route, or a firewall rejects); check routes and firewall of {peer}"
+            text = f"{peer} rejects TCP from {who} to {name} (a firewall), or there is no route; check firewall and routes of {peer}"
         elif result == "forbidden":
             text = f"{who} may not send to {peer} {name}; look at the firewall's output rules of {who}"
         elif result == "taken":

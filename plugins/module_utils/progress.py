@@ -73,6 +73,30 @@ def parse(output: str) -> Look:
     return Look(fields.get("ActiveState", ""), fields.get("Result", ""), state, lines, cursor, checkpoint.strip())
 
 
+def state_command(job: t.Mapping[str, t.Any]) -> str:
+    """Return a shell command that prints what a node's supervisor knows."""
+    return f"cat {shlex.quote(job['root'] + '/state/state.json')}"
+
+
+def obstacles(states: t.Mapping[str, str | None]) -> list[str]:
+    """Return what keeps nodes from taking part, a sentence each: what a supervisor cannot tell rank 0 it cannot reach.
+
+    Args:
+        states: host to the text of its state.json; None or anything else where it has none.
+    """
+    found = []
+    for host, text in states.items():
+        try:
+            state = json.loads(text or "")
+            node = state["node"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if not node.get("connected") and state.get("state") == "waiting":
+            found.append(f"{host}: {state.get('text')}")
+        found += [f"{host}: {sentence}" for sentence in node.get("blocked") or []]
+    return found
+
+
 def outcome(look: Look) -> str:
     """Return ``finished``, ``failed``, ``stopped`` or ``running``."""
     state = str(look.state.get("state") or "")

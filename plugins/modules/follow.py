@@ -31,6 +31,11 @@ options:
     description: The command that follows the job again, to be shown.
     type: str
     default: ""
+  others:
+    description: Inventory names of the other nodes, which are asked what keeps them while no step is seen.
+    type: list
+    elements: str
+    default: []
 attributes:
   check_mode:
     description: Can run in check mode and return the same.
@@ -50,6 +55,7 @@ EXAMPLES = r"""
   onprem.torch.follow:
     job: "{{ cluster_plan.job }}"
     host: "{{ inventory_hostname }}"
+    others: "{{ cluster_plan.order[1:] }}"
   when: inventory_hostname == cluster_plan.order[0]
 """
 

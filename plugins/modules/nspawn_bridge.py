@@ -87,7 +87,9 @@ class Bridge:
         self.changes: list[str] = []
 
     def run(self, *words: str, check: bool = True) -> str:
-        """Run a command and return what it prints."""
+        """Run a command and return what it prints: nothing where the program is not there, unless it is needed."""
+        if not check and not self.module.get_bin_path(words[0]):
+            return ""
         returncode, stdout, stderr = self.module.run_command(list(words))
         if returncode != 0 and check:
             self.module.fail_json(msg=f"{' '.join(words)} failed: {stderr.strip()}")

@@ -95,3 +95,12 @@ def test_the_default_pattern_finds_steps(line, step):
 
 def test_without_a_pattern_nothing_is_a_step():
     assert not progress.is_step("epoch 3", "")
+
+
+def test_what_keeps_the_other_nodes_is_told():
+    cut_off = {"state": "waiting", "text": "waiting for rank 0's supervisor at 198.18.0.11:29501 (it drops)", "node": {"connected": False}}
+    blocked = {"state": "running", "text": "running", "node": {"connected": True, "blocked": ["198.18.0.13 drops TCP"]}}
+    fine = {"state": "waiting", "text": "waiting for n5", "node": {"connected": True, "blocked": []}}
+    states = {"n2": json.dumps(cut_off), "n3": json.dumps(blocked), "n4": json.dumps(fine), "n5": None, "n6": "cat: no such file", "n7": "[]"}
+    assert progress.obstacles(states) == ["n2: waiting for rank 0's supervisor at 198.18.0.11:29501 (it drops)", "n3: 198.18.0.13 drops TCP"]
+    assert subprocess.run(["sh", "-n", "-c", progress.state_command(JOB)], check=False).returncode == 0

@@ -16,7 +16,9 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from supervisor_support import PATH
+from supervisor_support import PATH, load
+
+supervisor = load()
 
 TABLE = "table inet t {{ chain input {{ type filter hook input priority 0; tcp dport 29501 {verdict};\n}}\n}}\n"
 
@@ -36,9 +38,9 @@ def namespace():
 @pytest.mark.parametrize(
     ("verdict", "expected"),
     [
-        ("drop", "no answer: a firewall drops the connection, or the host is off"),
-        ("reject with icmpx admin-prohibited", "no route to host: a firewall rejects the connection, or the host is off"),
-        ("counter", "connection refused: it does not run yet, or a firewall rejects it"),
+        ("drop", "127.0.0.1 drops TCP from 127.0.0.2 to port 29501: look at its firewall, or it is off"),
+        ("reject with icmpx admin-prohibited", "127.0.0.1 rejects TCP from 127.0.0.2 to port 29501, no route to host: look at its firewall, or it is off"),
+        ("counter", "127.0.0.1 refuses TCP from 127.0.0.2 to port 29501: it does not run yet, or a firewall rejects it"),
     ],
     ids=["dropped", "rejected", "refused"],
 )
@@ -60,3 +62,43 @@ def test_a_member_says_why_rank_0_is_not_reached(namespace, tmp_path, verdict, e
             member.kill()
             member.wait()
     assert text == f"waiting for rank 0's supervisor at 127.0.0.1:29501 ({expected})", (tmp_path / "log").read_text()
+
+
+CONNECT = "import socket, time; s = socket.socket(socket.{family}); s.setblocking(False); s.bind(('{own}', 0)); s.connect_ex(('{to}', 29501)); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "to"),
+    [("AF_INET", "127.0.0.2", "127.0.0.1"), ("AF_INET6", "::1", "::1"), ("AF_INET6", "::ffff:127.0.0.2", "::ffff:127.0.0.1")],
+    ids=["IPv4", "IPv6", "IPv4 in IPv6"],
+)
+def test_a_connection_that_nobody_answers_is_seen_in_the_kernels_table(namespace, family, own, to):
+    subprocess.run([*namespace, "nft", "-f", "-"], input=TABLE.format(verdict="drop"), text=True, check=True)
+    child = subprocess.Popen([*namespace, sys.executable, "-c", CONNECT.format(family=family, own=own, to=to)])
+    expected = [(own.replace("::ffff:", ""), to.replace("::ffff:", ""), 29501)]
+    try:
+        deadline, began, found = time.monotonic() + 30, time.monotonic(), []
+        while found != expected and time.monotonic() < deadline:
+            tables = subprocess.run([*namespace, "cat", *supervisor.TCP_TABLES], capture_output=True, text=True, check=True).stdout
+            found = supervisor.unanswered(tables, os.getuid())
+            time.sleep(0.2)
+        assert found == expected
+        assert time.monotonic() - began > 2, "an answer that is a moment late is no firewall"
+        assert supervisor.unanswered(tables, os.getuid() + 1) == []
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_failure_that_an_unanswered_connection_explains_names_it(tmp_path):
+    torchrun = supervisor.Torchrun(supervisor.MarkedTree(str(tmp_path)), str(tmp_path), str(tmp_path / "errors"), "", lambda: None)
+    torchrun.start(["sh", "-c", "echo 'RuntimeError: connect timed out' >&2; exit 1"], 1)
+    torchrun.process.wait()
+    torchrun.close()
+    assert torchrun.cause()["error"] == "RuntimeError: connect timed out"
+    sentence = "198.18.0.11 drops TCP from 198.18.0.12 to port 41234, look at its firewall"
+    torchrun.blocked[sentence] = time.monotonic()
+    cause = torchrun.cause()
+    assert cause["own"] and not cause["echo"] and cause["error"] == f"{sentence}; RuntimeError: connect timed out"
+    torchrun.blocked[sentence] -= 2 * supervisor.BLOCKED_COUNTS
+    assert torchrun.cause()["error"] == "RuntimeError: connect timed out", "it came through in the meantime"

@@ -106,7 +106,7 @@ def test_a_dropped_port_is_named_once():
                 entry.update(result="dropped", port=45678)
     report = assess(run, measured=False)
     assert report["failures"] == [
-        "packets from all other nodes to n2 port 45678 (an ephemeral port) are silently dropped; look for a firewall's drop rule on n2 or between them"
+        "n2 drops TCP from all other nodes to port 45678 (an ephemeral port); look for a firewall's drop rule on n2 or between them"
     ]
 
 

@@ -26,7 +26,7 @@ REQUIREMENT = "torch==2.13.0"
 def build(partial, python, glibc):
     """A virtual environment at /opt/torch of the layer."""
     target = {"architecture": platform.machine(), "glibc": glibc, "python": python}
-    wheels, _sizes = wheelhouse.provide("~/.cache/onprem.torch/wheelhouse", [REQUIREMENT], target, "", [])
+    wheels, _sizes = wheelhouse.provide("~/.cache/onprem.torch/wheelhouse", wheelhouse.Wanted((REQUIREMENT,), target))
     packages = partial / "opt" / "torch" / "lib" / f"python{python}" / "site-packages"
     packages.mkdir(parents=True)
     subprocess.run([os.path.join(os.path.dirname(sys.executable), "uv"), "pip", "install", "--quiet", "--offline", "--no-index",

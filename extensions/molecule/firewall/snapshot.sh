@@ -8,5 +8,9 @@ iptables -S; ip6tables -S
 ipset list -n
 cat /proc/sys/net/ipv4/ip_local_port_range
 systemctl is-enabled nftables ufw firewalld
-if systemctl --quiet is-active firewalld; then firewall-cmd --list-all-zones; firewall-cmd --get-ipsets; firewall-cmd --get-policies; fi
+if systemctl --quiet is-active firewalld; then
+    # Rich rules are a set, which firewalld prints in any order.
+    for zone in $(firewall-cmd --get-zones); do firewall-cmd --zone="$zone" --list-all | sort; done
+    firewall-cmd --get-ipsets; firewall-cmd --get-policies
+fi
 true

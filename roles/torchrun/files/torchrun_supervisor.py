@@ -27,7 +27,8 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     text            the same as one sentence for people, e.g. "waiting for lab3: /dev/shm has 12 MiB free, ..."
     since           when this state, or this generation, began
     node            this node's part: {phase: idle | running | stopping, generation, problems: [{check, text}],
-                    connected: whether rank 0's supervisor is heard}
+                    connected: whether rank 0's supervisor is heard, blocked: sentences on connections of the job
+                    that nobody answers}
     generation      the generation running now, or the last one
     restarts        generations ended early since this supervisor's first start (all reasons)
     restarts_left, max_restarts     the budget: failures without progress that are still forgiven
@@ -51,6 +52,7 @@ import collections
 import errno
 import glob
 import hmac
+import ipaddress
 import json
 import os
 import re
@@ -878,6 +880,32 @@ class Pump(threading.Thread):
                 return
 
 
+TCP_TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
+BLOCKED_PERIOD = 2.0            # seconds between looks at the kernel's table
+BLOCKED_COUNTS = 30.0           # seconds for which a look's finding explains a failure
+MOST_BLOCKED = 8                # sentences; more would say nothing new
+SYN_SENT, RESENT = "02", 2      # the second repetition goes out three seconds after the first packet
+
+
+def unanswered(table: str, uid: int) -> list[tuple[str, str, int]]:
+    """Connections of a user that nobody has answered for seconds, from the kernel's table: (own address, address, port)."""
+    found = []
+    for line in table.splitlines()[1:]:
+        words = line.split()
+        if words[3] == SYN_SENT and int(words[7]) == uid and int(words[6], 16) >= RESENT:
+            own, (target, port) = kernel_address(words[1])[0], kernel_address(words[2])
+            found.append((own, target, port))
+    return found
+
+
+def kernel_address(text: str) -> tuple[str, int]:
+    """Address and port as /proc/net/tcp writes them: words of 32 bits in the byte order of this machine."""
+    digits, _colon, port = text.partition(":")
+    packed = b"".join(struct.pack("=I", int(digits[at:at + 8], 16)) for at in range(0, len(digits), 8))
+    address = ipaddress.ip_address(packed)
+    return str(getattr(address, "ipv4_mapped", None) or address), int(port, 16)
+
+
 class Torchrun:
     """One generation's torchrun on this node: start, end, and why it ended."""
 
@@ -892,6 +920,7 @@ class Torchrun:
         self.failed_at: Optional[float] = None      # when it was seen to end its workers, or a start that failed
         self.ended_at: Optional[float] = None       # when we told it to end
         self.stuck: list[str] = []                  # processes found stopped when the job hung
+        self.blocked: dict[str, float] = {}         # sentence on connections that nobody answers, when last seen so
         self.start_error = ""
 
     def start(self, command: list[str], generation: int) -> None:
@@ -909,7 +938,7 @@ class Torchrun:
             environment.pop(name, None)
         self.oom_before, self.started = self.tree.oom_kills(), time.time()
         self.failed_at, self.ended_at, self.stuck, self.start_error = None, None, [], ""
-        self.process, self.pumps = None, []
+        self.process, self.pumps, self.blocked = None, [], {}
         try:
             self.process = subprocess.Popen(self.tree.command(command), stdin=subprocess.DEVNULL, env=environment,
                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
@@ -926,6 +955,26 @@ class Torchrun:
         if self.ended_at is None:
             self.failed_at = self.failed_at or time.time()
             self.on_closing()
+
+    def look_for_blocked(self, address: str) -> None:
+        """Note connections from this node's training address that nobody answers: torch itself says so after minutes, if at all."""
+        for path in TCP_TABLES:
+            try:
+                with open(path, encoding="ascii") as file:
+                    found = unanswered(file.read(), os.geteuid())
+            except OSError:
+                continue
+            for own, target, port in found:
+                text = f"{target} drops TCP from {own} to port {port}, look at its firewall"
+                if own != address or (text not in self.blocked and len(self.blocked) == MOST_BLOCKED):
+                    continue
+                if text not in self.blocked:
+                    say(text)
+                self.blocked[text] = time.monotonic()
+
+    def still_blocked(self) -> list[str]:
+        """Those that have been seen lately: a connection may have come through after all."""
+        return [text for text, seen in self.blocked.items() if time.monotonic() - seen < BLOCKED_COUNTS]
 
     def lines(self) -> int:
         """Output lines seen so far: a change means that something still speaks."""
@@ -985,6 +1034,9 @@ class Torchrun:
             cause.update(own=True, echo=False, error="; ".join(xids[:3] + ([cause["error"]] if cause["error"] else [])))
         if self.stuck:
             cause.update(reason="hang", own=True, error="; ".join(self.stuck[:4]))
+        blocked = self.still_blocked()[:1]
+        if blocked and (cause["echo"] or not cause["error"] or UNREACHED.search(cause["error"])):
+            cause.update(own=True, echo=False, error="; ".join(blocked + ([cause["error"]] if cause["error"] else [])))
         cause["own"] = bool(cause["own"] or self.failed_at)
         cause["error"] = cause["error"][:2000] if cause["error"] else None
         return cause
@@ -1056,6 +1108,10 @@ ECHO = re.compile(r"Connection (closed|reset|refused)|closed by peer|Broken pipe
                   r"NCCL (communicator was aborted|error.*remote)|ncclRemoteError|[Ww]atchdog|Timed? ?out|timeout|"
                   r"failed to recv|Failed to (recv|send)|DistNetworkError|DistStoreError|RendezvousConnectionError|"
                   r"Socket (Timeout|error)|heartbeat", re.ASCII)
+
+
+# What a worker says when a connection did not come about.
+UNREACHED = re.compile(r"timed? ?out|connect", re.ASCII | re.IGNORECASE)
 
 
 def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
@@ -1316,16 +1372,20 @@ def connected(sock: socket.socket) -> bool:
     return True
 
 
-def unreached(why: str, answered: bool) -> str:
-    """Why rank 0's supervisor was not reached, and what that tells of firewalls."""
+def unreached(why: str, answered: bool, source: str, target: str, port: str) -> str:
+    """Why rank 0's supervisor was not reached, and what that tells of firewalls.
+
+    source: this node's address, empty for any. target, port: those of rank 0's supervisor.
+    """
+    tcp = f"TCP from {source} to port {port}" if source else f"TCP to port {port}"
     if answered:
         return why
     if why == "no handshake":
-        return "no answer: a firewall drops the connection, or the host is off"
+        return f"{target} drops {tcp}: look at its firewall, or it is off"
     if why == "connection refused":
-        return "connection refused: it does not run yet, or a firewall rejects it"
+        return f"{target} refuses {tcp}: it does not run yet, or a firewall rejects it"
     if why in ("no route to host", "permission denied"):
-        return f"{why}: a firewall rejects the connection, or the host is off"
+        return f"{target} rejects {tcp}, {why}: look at its firewall, or it is off"
     return why
 
 
@@ -1385,7 +1445,7 @@ class Supervisor:
         self.code: Optional[int] = None
         self.quit_by = 0.0
         self.refused = self.unreached = ""
-        self.next_tick = self.next_state = 0.0
+        self.next_tick = self.next_state = self.next_blocked = 0.0
         self.state_due = False
 
     # -- from signals and threads
@@ -1467,6 +1527,9 @@ class Supervisor:
             self.state_due = True
         if now >= self.next_report:
             self.next_report = now + self.limits.heartbeat
+            if self.member.phase != "idle" and now >= self.next_blocked:
+                self.next_blocked = now + BLOCKED_PERIOD
+                self.torchrun.look_for_blocked(self.options.bind.strip("[]"))
             if "WATCHDOG_USEC" in os.environ:
                 notify("WATCHDOG=1")
 
@@ -1560,13 +1623,22 @@ class Supervisor:
         self.links[sock.fileno()] = link
         self.selector.register(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if rank is not None else 0), link)
 
+    def rank0(self) -> tuple[str, str]:
+        """Address and port of rank 0's supervisor."""
+        address, _colon, port = self.options.coordinator.rpartition(":")
+        return address.strip("[]"), port
+
+    def why_unreached(self, why: str, answered: bool) -> str:
+        """A sentence on why rank 0's supervisor was not reached."""
+        return unreached(why, answered, self.options.bind.strip("[]"), *self.rank0())
+
     def drop(self, link: Link, why: str, now: float) -> None:
         """Close a connection and draw the consequences."""
         descriptor = link.sock.fileno()
         if self.links.pop(descriptor, None) is None:
             return
         if not self.coordinator and not link.session.open:
-            self.unreached = unreached(why, connected(link.sock))
+            self.unreached = self.why_unreached(why, connected(link.sock))
         self.selector.unregister(link.sock)
         link.sock.close()
         if self.coordinator:
@@ -1588,8 +1660,7 @@ class Supervisor:
         if self.coordinator or self.links or now < self.next_connect or self.code is not None:
             return
         self.next_connect = now + self.limits.heartbeat
-        address, _colon, port = self.options.coordinator.rpartition(":")
-        address = address.strip("[]")
+        address, port = self.rank0()
         sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         try:
@@ -1600,7 +1671,7 @@ class Supervisor:
             code = error.errno or errno.EINVAL
         if code not in (0, errno.EINPROGRESS):
             sock.close()
-            self.unreached = unreached(os.strerror(code).lower(), False)
+            self.unreached = self.why_unreached(os.strerror(code).lower(), False)
             return
         self.sent_report = None
         self.add_link(sock, self.rank, now)
@@ -1782,7 +1853,7 @@ class Supervisor:
             "version": 1, "job": options.job, "host": options.host, "rank": self.rank, "nnodes": options.nnodes,
             "release": options.release, "pid": os.getpid(), "max_restarts": options.max_restarts, "since": self.since,
             "node": {"phase": member.phase, "generation": member.generation, "problems": member.problems or [],
-                     "connected": member.connected},
+                     "connected": member.connected, "blocked": self.torchrun.still_blocked()},
             "checkpoint": self.watch.newest if self.watch else None, "last_exit": self.last_exit,
             "result": member.result, **view,
         }

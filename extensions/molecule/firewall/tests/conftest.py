@@ -65,6 +65,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = 1
 
 
+MEASURED: list[str] = []  # lines that are shown at the end, also where everything passed
+
+
+def pytest_terminal_summary(terminalreporter: t.Any) -> None:
+    """Show what was measured."""
+    for line in MEASURED:
+        terminalreporter.write_line(line)
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """A booted node."""
@@ -178,19 +187,14 @@ def assert_packets(nodes: t.Sequence[Node] = NODES) -> None:
     wanted = dict.fromkeys((MASTER, SUPERVISOR, VERIFIER, EPHEMERAL), "hello")
     on_all(Node.listen, nodes)
 
-    def check(node: Node) -> None:
-        peer = nodes[(nodes.index(node) + 1) % len(nodes)]
-        for address in (node.address, node.address6):
-            assert peer.connect(address, *wanted, 22) == {**wanted, 22: "SSH-2"}, f"{peer.name} to {node.name}"
-            found = from_outsider(address, *wanted, 22)
-            assert found.pop(22) == "SSH-2"
-            # firewalld rejects with ICMP (no route to host), the others drop.
-            assert set(found.values()) <= {"dropped", "No route to host", "Permission denied"}, f"outsider to {node.name}: {found}"
+    def check(node: Node, key: str) -> None:
+        peer, address = nodes[(nodes.index(node) + 1) % len(nodes)], getattr(node, key)
+        assert peer.connect(address, *wanted, 22) == {**wanted, 22: "SSH-2"}, f"{peer.name} to {node.name}"
+        found = from_outsider(address, *wanted, 22)
+        assert found.pop(22) == "SSH-2"
+        # firewalld rejects with ICMP (no route to host), the others drop.
+        assert set(found.values()) <= {"dropped", "No route to host", "Permission denied"}, f"outsider to {node.name}: {found}"
 
-    on_all(check, nodes)
-
-
-@pytest.fixture(params=NODES, ids=lambda node: node.name)
-def node(request: pytest.FixtureRequest) -> Node:
-    """Each node in turn."""
-    return request.param
+    with concurrent.futures.ThreadPoolExecutor(2 * len(nodes)) as pool:
+        for done in [pool.submit(check, node, key) for key in ("address", "address6") for node in nodes]:
+            done.result()
