@@ -26,7 +26,7 @@ import verify
 from measure import ROOT
 
 PARTS = {
-    "fresh": lambda: fresh.main(),
+    "fresh": fresh.main,
     "nochange": lambda: nochange.main(list(nochange.COUNTS)),
     "scale": lambda: scale.main([256, 512]),
     "overhead": lambda: overhead.main(10, 12),

@@ -91,7 +91,7 @@ def unchanged(nodes: int, lab: Lab, times: int = 3) -> dict:
           f"control node's CPU {row['control_cpu_seconds']:.1f} s, {row['modules_per_node']} modules a node "
           f"({verdict(row['modules_per_node'], MODULES)}), torch {row['torch_seconds']:.2f} s ({verdict(row['torch_seconds'], THERE)}); "
           f"bare script {row['bare_wall_seconds']:.1f} s, CPU {row['bare_cpu_seconds']:.1f} s", flush=True)
-    row["tasks"] = {name: seconds for name, seconds in runs[0].tasks[:8]}
+    row["tasks"] = dict(runs[0].tasks[:8])
     print("    longest tasks: " + ", ".join(f"{name.rpartition(' : ')[2]} {seconds:.1f} s" for name, seconds in runs[0].tasks[:5]), flush=True)
     return row
 
