@@ -1,7 +1,6 @@
 # What a provision that changes nothing looks at, as a bare script; run as root on a node by tests/bench/nochange.py.
 set -eu
 job=/var/lib/torchrun/train
-unit=torchrun-train.service
 id torchrun
 cat /etc/os-release /etc/machine-id /proc/meminfo /proc/sys/net/ipv4/ip_local_port_range
 uname -a
@@ -14,7 +13,7 @@ ls /sys/bus/pci/devices /dev/shm 2>/dev/null || true   # a machine may have no P
 systemctl show torchrun-* nftables.service --property=Id,ActiveState,SubState,MainPID,ControlGroup,UnitFileState
 nft --stateless list ruleset
 find /etc/nftables* /etc/nccl.conf /etc/sysctl.d /etc/security/limits.d -type f -exec sha256sum {} + 2>/dev/null || true
-sha256sum "/etc/systemd/system/$unit"
+find /etc/systemd/system -name 'torchrun-*' -type f -exec sha256sum {} +
 find "$job" -maxdepth 2 -printf '%M %u %g %p\n'
 find "$job/releases" -type f -exec sha256sum {} +
 dpkg-query --show nftables python3-venv 2>/dev/null || true
