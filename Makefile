@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
 MINUTES ?= 10
 
-.PHONY: help setup lab train test test-open lint unit sanity nodes bench soak docs build clean bundle gpu
+.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -21,9 +21,6 @@ train: lab ## Boot the lab and train a model on it
 
 test: setup ## Run the checks
 	@tools/test.sh
-
-test-open: setup ## Run the checks that are not yet seen to pass as a whole
-	@tools/test.sh interrupts
 
 lint: setup ## ansible-lint, production profile
 	ansible-lint --offline

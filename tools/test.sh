@@ -22,10 +22,6 @@ suites=(
     "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
     "interrupts: pytest -q tests/interrupts"
 )
-# Not yet seen to pass as a whole on this tree; they run when they are named: tools/test.sh faults, or all of them with make test-open.
-open_suites=(
-)
-
 chosen() {
     [ ${#wanted[@]} -eq 0 ] && return 0
     local entry
@@ -34,7 +30,6 @@ chosen() {
 }
 
 wanted=("$@")
-if [ $# -gt 0 ]; then suites+=("${open_suites[@]}"); fi
 for name in "${wanted[@]}"; do
     printf '%s\n' "${suites[@]%%:*}" | grep -qx -- "$name" || {
         echo "test: there is no suite $name; there are: ${suites[*]%%:*}" >&2

@@ -237,10 +237,15 @@ def jobs(root: str = "/") -> list[dict[str, t.Any]]:
                 "devices": fields.get("Devices", ""),
                 "master_port": number(fields.get("MasterPort", "")),
                 "supervisor_port": number(fields.get("SupervisorPort", "")),
-                "secret_id": digest_of(os.path.join(root, "etc/torchrun", f"{fields.get('Job', '')}.secret")),
             }
         )
     return found
+
+
+def secret_ids(root: str = "/") -> dict[str, str]:
+    """Return job → start of the SHA-256 of its secret. A job that is provisioned and was never started has no unit yet."""
+    paths = glob.glob(os.path.join(root, "etc/torchrun/*.secret"))
+    return {os.path.basename(path)[: -len(".secret")]: digest_of(path) for path in sorted(paths)}
 
 
 def firewalls(root: str = "/") -> dict[str, list[str]]:

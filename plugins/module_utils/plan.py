@@ -285,7 +285,7 @@ def make(
 
 def secret_id(host: Host, job: str) -> str:
     """Return what tells the job's secret on a node from another one, without telling the secret."""
-    return next((str(entry["secret_id"]) for entry in host.node.get("jobs") or [] if entry["job"] == job), "")
+    return str((host.node.get("secret_ids") or {}).get(job, ""))
 
 
 def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, lock: str = "") -> dict[str, t.Any]:

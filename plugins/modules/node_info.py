@@ -152,6 +152,9 @@ node:
     control_node:
       description: Whether this is the machine that Ansible runs on.
       type: bool
+    secret_ids:
+      description: Job of this collection → start of the SHA-256 of its secret.
+      type: dict
     jobs:
       description: The jobs of this collection on the node, with C(job), C(unit), C(active), C(devices) and ports.
       type: list
@@ -237,6 +240,7 @@ def main() -> None:
         "packages": apt_state.chosen(apt_state.parse_status(node_facts.read_text(apt_state.STATUS)), module.params["packages"]),
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
+        "secret_ids": node_facts.secret_ids(),
         "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
         "checkpoint_hosts": node_facts.checkpoint_hosts(module.params["job_root"]),
         "glibc": platform.libc_ver()[1],

@@ -55,6 +55,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "boot_id": f"{number:08x}-0000-4000-8000-000000000000",
         "control_node": False,
         "jobs": [],
+        "secret_ids": {},
         "checkpoint": {},
         "checkpoint_hosts": [],
         "glibc": "2.36",

@@ -42,7 +42,7 @@ def sockets(port: int, unit: str, command: str = "python3") -> dict[str, t.Any]:
 
 
 def job(name: str = "other", **changes: t.Any) -> dict[str, t.Any]:
-    found = {"job": name, "unit": f"torchrun-{name}.service", "active": True, "devices": "", "secret_id": ""}
+    found = {"job": name, "unit": f"torchrun-{name}.service", "active": True, "devices": ""}
     return {"jobs": [{**found, "master_port": 29700, "supervisor_port": 29701, **changes}]}
 
 

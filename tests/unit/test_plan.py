@@ -136,6 +136,15 @@ def test_the_fingerprint_changes_with_nodes_hardware_and_versions_only():
     assert fingerprint(lambda hosts: hosts[1].node["interfaces"].__setitem__(1, interface("eth0", "198.18.0.77/16"))) != usual
 
 
+def test_a_secret_is_kept_where_all_nodes_have_the_same_though_the_job_was_never_started():
+    def new(*ids):
+        hosts = [host(f"n{number}", number, node(number, secret_ids={"train": known} if known else {})) for number, known in enumerate(ids, 1)]
+        return planning.make("train", hosts, RELEASE)[0]["job"]["new_secret"]
+
+    assert not new("a1", "a1")
+    assert new("", "") and new("a1", "") and new("a1", "b2")
+
+
 def test_a_release_follows_what_is_run_and_not_where_it_lies():
     def release(made=RELEASE, **variables):
         return planning.make("train", [host(**variables)], made)[0]["job"]["release"]

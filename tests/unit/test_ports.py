@@ -45,7 +45,7 @@ def test_ports_are_accepted_exactly_when_they_can_be_used(master, supervisor, ve
 
 def beside(job="other", active=True, master=29500, supervisor=29501):
     return {"job": job, "unit": f"torchrun-{job}.service", "active": active, "devices": "", "master_port": master,
-            "supervisor_port": supervisor, "secret_id": ""}
+            "supervisor_port": supervisor}
 
 
 def test_a_job_beside_keeps_its_ports_though_it_does_not_listen_now():
