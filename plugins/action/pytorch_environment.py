@@ -58,14 +58,22 @@ class ActionModule(ActionBase):
         if not answer.get("incomplete"):
             return answer
         target = os.path.join(arguments.get("root", "/opt/onprem.torch"), "wheels")
-        for name in answer["missing"]:
-            # The login user cannot write to the target, so each wheel goes through its temporary folder, one at a time.
-            remote = self._connection._shell.join_path(self._connection._shell.tmpdir or self._make_tmp_path(), name)
-            self._transfer_file(os.path.join(folder, name), remote)
-            moved = self._low_level_execute_command(
-                f"chmod 0644 '{remote}' && mv '{remote}' '{target}/{name}.partial' && chown root:root '{target}/{name}.partial'"
-                f" && mv '{target}/{name}.partial' '{target}/{name}'"
-            )
-            if moved["rc"] != 0:
-                return {"failed": True, "msg": f"{name} cannot be put into {target}: {moved['stderr'].strip()}"}
+        for names in wheelhouse.batches({name: wheels[name] for name in answer["missing"]}):
+            problem = self._copy(folder, names, target)
+            if problem:
+                return {"failed": True, "msg": problem}
         return self._execute_module(MODULE, arguments, task_vars=task_vars)
+
+    def _copy(self, folder: str, names: t.Sequence[str], target: str) -> str:
+        """Copy wheels to the node; return what is wrong, if anything. The login user cannot write to the target itself."""
+        temporary = self._connection._shell.tmpdir or self._make_tmp_path()
+        commands = []
+        for name in names:
+            remote, partial = self._connection._shell.join_path(temporary, name), f"{target}/{name}.partial"
+            self._transfer_file(os.path.join(folder, name), remote)
+            commands.append(f"chmod 0644 '{remote}' && mv '{remote}' '{partial}' && chown root:root '{partial}' && mv '{partial}' '{target}/{name}'")
+        # One command for all, since each costs a round trip and a sudo.
+        moved = self._low_level_execute_command(" && ".join(commands))
+        if moved["rc"] == 0:
+            return ""
+        return f"{', '.join(names)} cannot be put into {target}: {moved['stderr'].strip()}"

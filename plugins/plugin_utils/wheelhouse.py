@@ -122,6 +122,22 @@ def reason(text: str, wanted: Wanted) -> str:
     )
 
 
+def batches(sizes: t.Mapping[str, int], limit: int = 512 * 1024**2) -> list[list[str]]:
+    """Return the names in groups of at most so many bytes, so that a login user's temporary folder need not hold all at once.
+
+    A file that is larger is a group of its own.
+    """
+    groups: list[list[str]] = []
+    room = -1
+    for name, size in sizes.items():
+        room -= size
+        if room < 0:
+            groups.append([])
+            room = limit - size
+        groups[-1].append(name)
+    return groups
+
+
 def provide(root: str, wanted: Wanted) -> tuple[str, dict[str, int]]:
     """Return the folder with all wheels and each wheel's size in bytes; download them where they are not there.
 

@@ -8,6 +8,7 @@ usage: tests/bench/nochange.py [NODES...]    (as root)
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -87,9 +88,12 @@ def unchanged(nodes: int, lab: Lab, times: int = 3) -> dict:
            "wall_seconds": statistics.median(run.wall for run in runs), "control_cpu_seconds": statistics.median(run.cpu for run in runs),
            "bare_wall_seconds": statistics.median(run.wall for run in floors), "bare_cpu_seconds": statistics.median(run.cpu for run in floors),
            "torch_seconds": statistics.median(seconds_of(run, TORCH) for run in runs)}
+    # The nodes share this machine's cores, so a node's own time is its share.
+    row["torch_seconds_per_node"] = row["torch_seconds"] / max(1, nodes / (os.cpu_count() or 1))
     print(f"{nodes:3} nodes, nothing changes: {row['wall_seconds']:5.1f} s ({verdict(row['wall_seconds'], WALL.get(nodes, 1.4 * nodes))}), "
           f"control node's CPU {row['control_cpu_seconds']:.1f} s, {row['modules_per_node']} modules a node "
-          f"({verdict(row['modules_per_node'], MODULES)}), torch {row['torch_seconds']:.2f} s ({verdict(row['torch_seconds'], THERE)}); "
+          f"({verdict(row['modules_per_node'], MODULES)}), torch {row['torch_seconds_per_node']:.2f} s a node "
+          f"({verdict(row['torch_seconds_per_node'], THERE)}); "
           f"bare script {row['bare_wall_seconds']:.1f} s, CPU {row['bare_cpu_seconds']:.1f} s", flush=True)
     row["tasks"] = dict(runs[0].tasks[:8])
     print("    longest tasks: " + ", ".join(f"{name.rpartition(' : ')[2]} {seconds:.1f} s" for name, seconds in runs[0].tasks[:5]), flush=True)

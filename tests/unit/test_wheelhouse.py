@@ -7,6 +7,8 @@ import zipfile
 
 import pytest
 from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
+from hypothesis import given
+from hypothesis import strategies as st
 
 PLATFORM = {"architecture": "x86_64", "glibc": "2.36", "python": "3.11.2"}
 
@@ -50,6 +52,14 @@ def test_the_newest_that_the_constraints_allow_is_downloaded_once(index, tmp_pat
     assert "onpremexample-1.0-py3-none-any.whl" in wheels
     (index / "simple/onpremexample/index.html").unlink()
     assert wheelhouse.provide(root, limited) == (folder, wheels), "it is there already"
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.integers(0, 300)), st.integers(1, 200))
+def test_batches_hold_every_name_once_and_no_more_than_the_limit(sizes, limit):
+    groups = wheelhouse.batches(sizes, limit)
+    assert [name for group in groups for name in group] == list(sizes)
+    assert all(len(group) == 1 or sum(sizes[name] for name in group) <= limit for group in groups)
+    assert all(sizes[first[0]] + sum(sizes[name] for name in group) > limit for group, first in zip(groups, groups[1:]))
 
 
 def test_a_lock_decides_and_another_hash_is_refused(index, tmp_path):
