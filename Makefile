@@ -4,6 +4,8 @@ VENV ?= .venv
 export VENV
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
+# Progress shows at once through a pipe too: make train | tee log
+export PYTHONUNBUFFERED := 1
 MINUTES ?= 10
 
 .PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def test_a_firewall_that_keeps_the_job_from_starting_is_named(training, tmp_path
     began = time.monotonic()
     try:
         with open(tmp_path / "output", "w+", encoding="utf-8") as output:
-            start = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output)
+            # Ansible leaves it to Python when lines reach a file or a pipe.
+            start = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, "PYTHONUNBUFFERED": "1"})
             try:
                 while not re.search(sentence, (tmp_path / "output").read_text()):
                     assert time.monotonic() - began < 100 and start.poll() is None, (tmp_path / "output").read_text()

@@ -881,7 +881,7 @@ class Pump(threading.Thread):
 
 
 TCP_TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
-BLOCKED_PERIOD = 2.0            # seconds between looks at the kernel's table
+BLOCKED_PERIOD = 5.0            # seconds between looks at the kernel's table
 BLOCKED_COUNTS = 30.0           # seconds for which a look's finding explains a failure
 MOST_BLOCKED = 8                # sentences; more would say nothing new
 SYN_SENT, RESENT = "02", 2      # the second repetition goes out three seconds after the first packet
