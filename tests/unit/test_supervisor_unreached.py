@@ -102,3 +102,13 @@ def test_a_failure_that_an_unanswered_connection_explains_names_it(tmp_path):
     assert cause["own"] and not cause["echo"] and cause["error"] == f"{sentence}; RuntimeError: connect timed out"
     torchrun.blocked[sentence] -= 2 * supervisor.BLOCKED_COUNTS
     assert torchrun.cause()["error"] == "RuntimeError: connect timed out", "it came through in the meantime"
+
+
+def test_a_connection_that_a_peer_has_closed_was_no_firewall_s_victim(tmp_path):
+    torchrun = supervisor.Torchrun(supervisor.MarkedTree(str(tmp_path)), str(tmp_path), str(tmp_path / "errors"), "", lambda: None)
+    torchrun.start(["sh", "-c", "echo 'RuntimeError: Connection closed by peer [198.18.0.13]:5767' >&2; exit 1"], 1)
+    torchrun.process.wait()
+    torchrun.close()
+    torchrun.blocked["198.18.0.11 drops TCP from 198.18.0.12 to port 41234, look at its firewall"] = time.monotonic()
+    cause = torchrun.cause()
+    assert cause["echo"] and cause["error"] == "RuntimeError: Connection closed by peer [198.18.0.13]:5767"

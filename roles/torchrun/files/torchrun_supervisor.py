@@ -1035,7 +1035,9 @@ class Torchrun:
         if self.stuck:
             cause.update(reason="hang", own=True, error="; ".join(self.stuck[:4]))
         blocked = self.still_blocked()[:1]
-        if blocked and (cause["echo"] or not cause["error"] or UNREACHED.search(cause["error"])):
+        # A connection that a peer has closed had come about: another node's end is the cause, and no firewall.
+        explains = not cause["error"] or (UNREACHED.search(cause["error"]) and not CLOSED.search(cause["error"]))
+        if blocked and explains:
             cause.update(own=True, echo=False, error="; ".join(blocked + ([cause["error"]] if cause["error"] else [])))
         cause["own"] = bool(cause["own"] or self.failed_at)
         cause["error"] = cause["error"][:2000] if cause["error"] else None
@@ -1112,6 +1114,7 @@ ECHO = re.compile(r"Connection (closed|reset|refused)|closed by peer|Broken pipe
 
 # What a worker says when a connection did not come about.
 UNREACHED = re.compile(r"timed? ?out|connect", re.ASCII | re.IGNORECASE)
+CLOSED = re.compile(r"(closed|reset) by (the )?(remote )?peer|remote process (exited|has )", re.ASCII | re.IGNORECASE)
 
 
 def cause_from(code: int, report: Optional[JSON], tail: list[str]) -> JSON:
