@@ -61,9 +61,9 @@ def command(unit: str, state_file: str, cursor: str, since: str) -> str:
     elif since:
         journal += f" --since={shlex.quote(since)}"
     else:
-        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --property=InvocationID --value {name})"
+        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --no-pager --property=InvocationID --value {name})"
     journal += f" | head -n {AT_MOST}"
-    parts = [f"systemctl show --property=ActiveState --property=Result {name}", f"cat {shlex.quote(state_file)} 2>/dev/null", journal]
+    parts = [f"systemctl show --no-pager --property=ActiveState --property=Result {name}", f"cat {shlex.quote(state_file)} 2>/dev/null", journal]
     return f"; echo {MARK}; ".join(parts)
 
 

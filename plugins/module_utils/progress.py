@@ -36,18 +36,21 @@ class Look:
 
 
 def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
-    """Return a shell command that looks once; cheap enough to be run every second."""
+    """Return a shell command that looks once; cheap enough to be run every second.
+
+    Without a pager: Ansible's connection has a terminal where it may have to answer sudo, and the pager's codes would be read.
+    """
     unit = shlex.quote(job["unit"])
     journal = f"SYSTEMD_COLORS=0 journalctl --quiet --no-pager --output=cat --show-cursor --unit={unit}"
     if cursor:
         journal += f" --after-cursor={shlex.quote(cursor)}"
     else:
         # The lines since this start of the unit, not those of earlier runs.
-        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --property=InvocationID --value {unit})"
+        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --no-pager --property=InvocationID --value {unit})"
     checkpoints = f"{shlex.quote(job['checkpoint_dir'])}/{job['checkpoint_glob']}"
     return "; ".join(
         [
-            f"systemctl show --property=ActiveState --property=Result {unit}",
+            f"systemctl show --no-pager --property=ActiveState --property=Result {unit}",
             f"echo {MARK}",
             f"cat {shlex.quote(job['root'] + '/state/state.json')} 2>/dev/null",
             f"echo {MARK}",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import progress
+from ansible_collections.onprem.torch.plugins.module_utils import journal, progress
 
 JOB = {
     "name": "train",
@@ -43,6 +44,12 @@ def test_the_command_is_shell_that_runs():
     job = {**JOB, "unit": "torchrun-it's.service"}
     for cursor in ("", "s=abc;i=1"):
         assert subprocess.run(["sh", "-n", "-c", progress.command(job, cursor)], check=False).returncode == 0
+
+
+def test_no_pager_gets_between_a_node_with_a_terminal_and_us():
+    words = f"{progress.command(JOB, '')}; {progress.command(JOB, 's=abc')}; {journal.command('torchrun-train.service', '', '/s', '', '')}"
+    programs = re.findall(r"\b(?:systemctl|journalctl)\b[^;)]*", words)
+    assert len(programs) == 6 and all("--no-pager" in program for program in programs), programs
 
 
 @pytest.mark.parametrize(
