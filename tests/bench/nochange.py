@@ -119,6 +119,9 @@ def main(counts: list[int]) -> dict:
                 again = play("provision", "--limit", "bench1", profile=True)
                 single = seconds_of(again, TORCH)
                 print(f"torch on one node from the wheelhouse: {single:.1f} s ({verdict(single, INSTALL)})", flush=True)
+                lab.nodes[0].shell("rm -rf /opt/onprem.torch/environments")
+                install = seconds_of(play("provision", "--limit", "bench1", profile=True), TORCH)
+                print(f"    of it: copying the wheels {single - install:.1f} s, installing them {install:.1f} s", flush=True)
             new = play("provision", profile=True)
             outside += new.outside
             print(f"{nodes:3} nodes, the new ones provisioned: {new.wall:.1f} s; from outside so far {outside / 1e6:.1f} MB on the network; "
