@@ -22,6 +22,7 @@ suites=(
     "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
     "interrupts: pytest -q tests/interrupts"
 )
+
 chosen() {
     [ ${#wanted[@]} -eq 0 ] && return 0
     local entry

@@ -52,7 +52,7 @@ def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
         [
             f"systemctl show --no-pager --property=ActiveState --property=Result {unit}",
             f"echo {MARK}",
-            f"cat {shlex.quote(job['root'] + '/state/state.json')} 2>/dev/null",
+            f"{state_command(job)} 2>/dev/null",  # a job that was never started has none
             f"echo {MARK}",
             f"ls -1t {checkpoints} 2>/dev/null | head -n 1",
             f"echo {MARK}",

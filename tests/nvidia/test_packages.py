@@ -253,6 +253,7 @@ def test_an_update_of_the_lists_by_somebody_else_is_waited_for(nodes, source):
     source.repository.offer(apt_repository.driver(OLD))
     hold = "import fcntl, time; lists = open('/var/lib/apt/lists/lock', 'w'); fcntl.lockf(lists, fcntl.LOCK_EX); time.sleep(25)"
     nodes.run(f'systemd-run --quiet --collect python3 -c "{hold}"; sleep 1')
+    # That apt fails is what this shows: only its words count.
     for text in nodes.run("LC_ALL=C apt-get update 2>&1 || true").values():
         assert "Could not get lock /var/lib/apt/lists/lock" in text, "apt itself does not wait"
     succeeded(nodes.bring(driver(source)))
