@@ -111,7 +111,7 @@ def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
         for _round in range(2):
             found = module(**taken)
             assert not found.get("failed") and found["versions"] == answer, found
-        assert lab.run(f"cat {folder}/asked")[NODE].split() == ["asked"], "once"
+        assert lab.run(f"cat {folder}/asked", check=False)[NODE].split() == ["asked"], "once"
         become(architectures=["sm_75", "sm_80"])
         found = module(**taken)
         assert found.get("failed") and "no code for NVIDIA H100 (sm_90), only for sm_75, sm_80" in found["msg"], found
