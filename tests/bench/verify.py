@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pathlib
 import random
-import shutil
 import statistics
 import sys
 
@@ -22,9 +21,10 @@ def inventory(count):
     folder = ROOT / "build" / "bench-verify"
     (folder / "group_vars").mkdir(parents=True, exist_ok=True)
     for name in ("all.yml", "train.yml"):
-        shutil.copy(ROOT / "tests/verify/inventory/group_vars" / name, folder / "group_vars" / name)
+        text = (ROOT / "tests/verify/inventory/group_vars" / name).read_text()
+        (folder / "group_vars" / name).write_text(text.replace("../../../examples", f"{ROOT}/examples"))
     hosts = "".join(f"    verify{number + 1}:\n      ansible_host: 198.18.40.{number + 11}\n" for number in range(count))
-    (folder / "hosts.yml").write_text(f"---\ntrain:\n  vars:\n    torchrun_source: {ROOT}/examples\n  hosts:\n{hosts}")
+    (folder / "hosts.yml").write_text(f"---\ntrain:\n  hosts:\n{hosts}")
     return folder
 
 
