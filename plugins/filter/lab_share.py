@@ -16,7 +16,7 @@ def lab_share(devices: t.Sequence[str], nodes: int, index: int) -> list[str]:
     try:
         return host_root.share(devices, nodes, index)
     except ValueError as error:
-        raise AnsibleFilterError(f"{error}; list as many hosts in the inventory as divide them") from error
+        raise AnsibleFilterError(f"{error}; list as many hosts in the inventory as divide them, or a multiple of them") from error
 
 
 class FilterModule:

@@ -162,7 +162,7 @@ def gpu_files(root: str = "/") -> list[str]:
 
 
 def share(devices: t.Sequence[str], nodes: int, index: int) -> list[str]:
-    """Return the devices of one of several nodes.
+    """Return the devices of one of several nodes: as many for each, or one that several nodes share where there are more nodes.
 
     Args:
         devices: device files, in order.
@@ -172,6 +172,8 @@ def share(devices: t.Sequence[str], nodes: int, index: int) -> list[str]:
     Raises:
         ValueError: they cannot be divided evenly.
     """
+    if devices and nodes > len(devices) and nodes % len(devices) == 0:
+        return [devices[index * len(devices) // nodes]]
     if nodes < 1 or len(devices) % nodes:
         raise ValueError(f"{len(devices)} GPUs cannot be divided evenly among {nodes} nodes")
     each = len(devices) // nodes

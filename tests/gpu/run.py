@@ -40,8 +40,8 @@ def main() -> int:
     options = parser.parse_args()
     gpus = host.query("name,uuid,pci.bus_id,driver_version,memory.total")
     nodes = int(os.environ.get("NODES") or max(len(gpus), 1)) if gpus else int(os.environ.get("NODES") or 2)
-    if gpus and len(gpus) % nodes:
-        print(f"gpu: {len(gpus)} GPUs cannot be divided evenly among {nodes} nodes; set NODES to a number that divides them")
+    if gpus and len(gpus) % nodes and nodes % len(gpus):
+        print(f"gpu: {len(gpus)} GPUs cannot be divided evenly among {nodes} nodes; set NODES to a number that divides them, or to a multiple")
         return 2
     if not gpus and os.environ.get("GPU") != "0":
         print("gpu: nvidia-smi shows no GPU on this machine; GPU=0 tries everything on CPUs")

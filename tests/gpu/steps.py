@@ -124,7 +124,8 @@ class Run:
         if self.gpus:
             assert all(row["nNodes"] == str(len(rows)) for row in rows), f"NCCL saw other nodes than {len(rows)}: {rows}"
             buses = [bus for row in rows for bus in row["GPUs"].split()]
-            assert len(set(buses)) == len(buses) == len(self.gpus), f"GPUs are not one for each rank: {buses}"
+            assert len(set(buses)) == len(self.gpus), f"not every GPU has a rank: {buses}"
+            assert len(buses) == max(len(self.gpus), len(rows)), f"GPUs are not one for each rank: {buses}"
         units = {machine.name: machine.shell("systemctl cat torchrun-train.service | grep -o 'node-rank=[0-9]*' | head -n 1").strip()
                  for machine in self.hall.machines}
         return {"rows": rows, "units": units, "accuracy": float(finished[0][0]), "images_per_second": int(finished[0][1]),
@@ -227,12 +228,12 @@ class Run:
         self.playbook("playbooks/provision.yml", log="provision-single")
         return self.verify(log="verify-single")
 
-    def by_hand(self, *options, log, processes=None, environment=None):
+    def by_hand(self, *options, log, environment=None):
         """nccl_verify_worker.py under torchrun on the machine itself."""
         path = BUILD / "log" / f"worker{log}.json"
         path.unlink(missing_ok=True)
         python = os.path.join(os.environ["PYTORCH"], "bin/python3")
-        text = run(python, "-m", "torch.distributed.run", f"--nproc-per-node={processes or max(len(self.gpus), 2)}", "--master-port=29555",
+        text = run(python, "-m", "torch.distributed.run", f"--nproc-per-node={len(self.gpus) or 2}", "--master-port=29555",
                    str(ROOT / "roles/nccl_verify/files/nccl_verify_worker.py"), *options, "--json", str(path),
                    env={**os.environ, **self.environment, **(environment or {})}, timeout=300)
         (BUILD / "log" / f"worker{log}.log").write_text(text)
@@ -243,11 +244,12 @@ class Run:
         if not self.environment:
             self.environment = self.variables()
         planted = BUILD / "plant.json"
-        planted.write_text(json.dumps({"plant": {"rank": 1, "index": 12345, "where": "output"}}))
+        rank = (len(self.gpus) or 2) - 1
+        planted.write_text(json.dumps({"plant": {"rank": rank, "index": 12345, "where": "output"}}))
         size = "64M" if self.gpus else "64K"
         wrong = self.by_hand("--config", str(planted), f"--size-min={size}", f"--size-max={size}", "--pairwise=never", log="-planted")
         entry = wrong["correctness"]["wrong"][0]
-        assert (entry["rank"], entry["index"]) == (1, 12345), f"planted was element 12345 of rank 1, found was {entry}"
+        assert (entry["rank"], entry["index"]) == (rank, 12345), f"planted was element 12345 of rank {rank}, found was {entry}"
         lines = [f"a planted wrong element was found: rank {entry['rank']}, element {entry['index']}, got {entry['got']:g}, expected {entry['expected']:g}"]
         if not self.gpus or len(self.gpus) < 2:
             return {"lines": lines}

@@ -94,6 +94,7 @@ def test_gpus_are_divided_evenly_and_in_order(tmp_path):
     assert [path.rsplit("/", 1)[1] for path in files] == ["nvidia0", "nvidia1", "nvidia2", "nvidia10"]
     assert host_root.share(files, 2, 1) == files[2:]
     assert host_root.share([], 2, 1) == []
+    assert [host_root.share(files[:2], 4, index) for index in range(4)] == [files[:1], files[:1], files[1:2], files[1:2]], "shared"
     with pytest.raises(ValueError, match="4 GPUs cannot be divided evenly among 3 nodes"):
         host_root.share(files, 3, 0)
 
