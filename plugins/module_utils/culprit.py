@@ -20,6 +20,9 @@ TOLERANCE = 0.7
 UNKNOWN_TOLERANCE = 0.5
 # Of the links of a device, from this share on the device is named and not each link.
 MANY_LINKS = 0.5
+# Slow links without a pattern: so many, or this share of the hosts, may be bad cables; more are not.
+FEW_LINKS = 4
+SCATTERED_LINKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class Culprit:
     """What is slow.
 
     Attributes:
-        kind: node, device, link or block.
-        host: the host at fault; of a link or block, one end.
-        device: local rank, None where all of a node's devices are meant.
+        kind: node, device, link, block, or network where so many links are slow that no node and no link explains it.
+        host: the host at fault; of a link or block, one end; empty for the network.
+        device: local rank, None where all of a node's devices, or all rails of a block, are meant.
         peer: the other end of a link; hosts of the other side of a block, with commas.
         measured: GB/s.
         expected: GB/s, the reference that the others give.
@@ -100,13 +103,33 @@ def solve(samples: t.Sequence[Sample], expected: float | None = None, tolerance:
     if len(hosts) < 3:
         return two_hosts(values, reference, tolerance)
     culprits, guilty = slow_units(values, sends, receives, reference, tolerance)
+    # Not more than the reference is expected of a link: one pair measured too high would make the other links of its ends look slow.
     slow = {
         (source, target): value
         for (source, target), value in values.items()
-        if source not in guilty and target not in guilty and value < tolerance * min(sends[source], receives[target])
+        if source not in guilty and target not in guilty and value < tolerance * min(sends[source], receives[target], reference)
     }
-    culprits += slow_links(values, slow, sends, receives, tolerance)
+    culprits += slow_links(values, slow, sends, receives)
+    chaos = scattered(culprits, values, reference, len(hosts))
+    if chaos:
+        return [chaos]
     return sorted(culprits, key=lambda culprit: culprit.measured / (culprit.expected or 1.0))
+
+
+def scattered(culprits: t.Sequence[Culprit], values: t.Mapping[Way, float], reference: float, hosts: int) -> Culprit | None:
+    """Return the network in place of its links where far more are slow than bad cables explain.
+
+    Other traffic and busy CPUs slow pairs down at random, and whoever is accused then is healthy.
+    """
+    links = sum(1 for culprit in culprits if culprit.kind == "link")
+    if links <= max(FEW_LINKS, hosts * SCATTERED_LINKS):
+        return None
+    text = (
+        f"pairs of nodes reach between {figure(min(values.values()))} and {figure(max(values.values()))} without a pattern: {links} "
+        f"links of {hosts} nodes are slow, more than a node, a cable or a switch explains; look for other traffic on the network "
+        "and for busy CPUs, and verify again when it is quiet"
+    )
+    return Culprit("network", "", None, None, min(values.values()), reference, text)
 
 
 def two_hosts(values: t.Mapping[Way, float], reference: float, tolerance: float) -> list[Culprit]:
@@ -167,24 +190,47 @@ def slow_links(
     slow: t.Mapping[Way, float],
     sends: t.Mapping[Unit, float],
     receives: t.Mapping[Unit, float],
-    tolerance: float,
 ) -> list[Culprit]:
     """Return slow links; one block where two sets of nodes reach each other slowly; the node where most of its links are slow."""
-    if not slow:
-        return []
-    sides = blocks(values, slow)
-    if sides:
-        first, second = sides
-        across = {way: value for way, value in slow.items() if (way[0][0] in first) != (way[1][0] in first)}
-        measured = statistics.median(across.values())
-        reference = statistics.median(value for way, value in values.items() if way not in slow)
-        left, right = ", ".join(sorted(first)), ", ".join(sorted(second))
-        text = (
-            f"all {len(across)} directions between [{left}] and [{right}] are slow, {figure(measured)} in the median, while "
-            f"pairs on one side reach {figure(reference)}: look at what joins the two sides, such as a switch's uplink"
-        )
-        culprit = Culprit("block", sorted(first)[0], None, ", ".join(sorted(second)), measured, reference, text)
-        return [culprit, *slow_links(values, {way: slow[way] for way in slow if way not in across}, sends, receives, tolerance)]
+    found, left = slow_blocks(values, slow, None)
+    for rail in sorted({way[0][1] for way in left}) if not found else []:
+        more, left = slow_blocks(values, left, rail)
+        found += more
+    return found + single_links(values, left, sends, receives)
+
+
+def slow_blocks(values: t.Mapping[Way, float], slow: t.Mapping[Way, float], rail: int | None) -> tuple[list[Culprit], dict[Way, float]]:
+    """Return the blocks on one rail, or on all together, and the slow directions that they do not explain."""
+    here = {way: value for way, value in values.items() if rail is None or way[0][1] == rail}
+    sides = blocks(here, slow)
+    if not sides:
+        return [], dict(slow)
+    first, second = sides
+    across = {way: slow[way] for way in here if way in slow and (way[0][0] in first) != (way[1][0] in first)}
+    if len(across) < 4:
+        # Where few pairs were measured, as beyond 64 nodes, two sets may just not have met.
+        return [], dict(slow)
+    measured = statistics.median(across.values())
+    reference = statistics.median(value for way, value in here.items() if way not in slow)
+    one, other = ", ".join(sorted(first)), ", ".join(sorted(second))
+    text = (
+        f"all {len(across)} directions between [{one}] and [{other}]{'' if rail is None else f' on device {rail}'} are slow, "
+        f"{figure(measured)} in the median, while pairs on one side reach {figure(reference)}: look at what joins the two sides, "
+        "such as a switch's uplink"
+    )
+    found = [Culprit("block", sorted(first)[0], rail, other, measured, reference, text)]
+    left = {way: value for way, value in slow.items() if way not in across}
+    # A side may fall into further blocks.
+    for side in sides:
+        more, left = slow_blocks({way: value for way, value in here.items() if {way[0][0], way[1][0]} <= side}, left, rail)
+        found += more
+    return found, left
+
+
+def single_links(
+    values: t.Mapping[Way, float], slow: t.Mapping[Way, float], sends: t.Mapping[Unit, float], receives: t.Mapping[Unit, float]
+) -> list[Culprit]:
+    """Return the nodes most of whose links are slow, and the links that are left."""
     culprits: list[Culprit] = []
     left_over = dict(slow)
     while left_over:

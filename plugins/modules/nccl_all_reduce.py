@@ -219,7 +219,10 @@ report:
       type: list
       elements: dict
     culprits:
-      description: What is slow, each with C(kind), C(host), C(device), C(peer), C(measured), C(expected) (GB/s) and C(evidence).
+      description:
+        - What is slow, each with C(kind), C(host), C(device), C(peer), C(measured), C(expected) (GB/s) and C(evidence).
+        - C(kind) is C(node), C(device), C(link), C(block) (what joins two sets of nodes) or C(network), where so many links are
+          slow without a pattern that nobody is accused.
       type: list
       elements: dict
     failures:

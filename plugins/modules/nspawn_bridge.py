@@ -65,6 +65,7 @@ changes:
   elements: str
 """
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -75,6 +76,9 @@ FORWARD = "/proc/sys/net/ipv4/ip_forward"
 INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
 # Each systemd takes a few inotify instances of the one user they all are to the kernel: 128 last for some 20 nodes.
 ENOUGH_INSTANCES = 8192
+# One table for all nodes holds what each knows of each other; where 1024 are too few, connections are dropped in silence.
+NEIGHBOURS = ("/proc/sys/net/ipv4/neigh/default/gc_thresh3", "/proc/sys/net/ipv6/neigh/default/gc_thresh3")
+ENOUGH_NEIGHBOURS = 65536
 
 
 class Bridge:
@@ -130,10 +134,16 @@ class Bridge:
             now = int(stream.read())
         if now >= least:
             return
-        self.changes.append(f"{path} = {least}")
         if not self.module.check_mode:
             with open(path, "w", encoding="ascii") as stream:
                 stream.write(str(least))
+        self.changes.append(f"{path} = {least}")
+
+    def room_for_neighbours(self) -> None:
+        """Raise the number of neighbours where this machine allows it; a container may not, and small labs do not need it."""
+        for path in NEIGHBOURS:
+            with contextlib.suppress(OSError):
+                self.sysctl(path, ENOUGH_NEIGHBOURS)
 
     def present(self) -> None:
         """Make what is missing."""
@@ -149,6 +159,7 @@ class Bridge:
         if "UP" not in self.run("ip", "link", "show", "dev", self.name, check=False).split(">")[0]:
             self.change("link up", ["ip", "link", "set", self.name, "up"])
         self.sysctl(INSTANCES, ENOUGH_INSTANCES)
+        self.room_for_neighbours()
         if params["masquerade"]:
             self.masquerade()
         for outsider in params["outsiders"]:

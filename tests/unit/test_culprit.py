@@ -116,6 +116,40 @@ def test_a_slow_uplink_is_a_block_and_no_node(nodes, seed, data):
     assert sides <= set(cluster.names) and "uplink" in found[0].evidence
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 6), seeds)
+def test_racks_behind_a_slow_spine_are_blocks_and_no_links(racks, nodes, seed):
+    cluster = Cluster(racks * nodes, 1, seed)
+    for left in range(racks * nodes):
+        for right in range(racks * nodes):
+            if left // nodes != right // nodes:
+                cluster.link[(cluster.names[left], cluster.names[right])] = 0.3
+    assert [culprit.kind for culprit in solve(list(cluster.samples()))] == ["block"] * (racks - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 4), st.integers(2, 5), st.integers(2, 4), seeds)
+def test_a_rail_with_a_slow_spine_is_a_block_of_that_rail(racks, nodes, rails, seed):
+    cluster = Cluster(racks * nodes, rails, seed)
+    found = solve([
+        Sample(one.source, one.target, one.rail, one.gbytes_per_second * (0.3 if crosses(one, nodes) and one.rail == 1 else 1.0))
+        for one in cluster.samples()
+    ])
+    assert [(culprit.kind, culprit.device) for culprit in found] == [("block", 1)] * (racks - 1)
+
+
+def crosses(sample, nodes):
+    return int(sample.source[1:]) // nodes != int(sample.target[1:]) // nodes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(16, 32), seeds)
+def test_pairs_without_a_pattern_accuse_the_network_and_no_node(nodes, seed):
+    found = solve(list(Cluster(nodes, 1, seed, noise=0.9).samples()))
+    assert names(found) == [("network", "", None, None)]
+    assert "without a pattern" in found[0].evidence
+
+
 def test_two_nodes_cannot_tell_which_end_it_is():
     found = solve([Sample("a", "b", 0, 1.0), Sample("b", "a", 0, 10.0)], expected=10.0)
     assert names(found) == [("link", "a", 0, "b")]
@@ -141,5 +175,22 @@ def test_random_matchings_are_enough():
     assert names(solve(list(cluster.samples(pairs)))) == [("node", "n17", None, None)]
 
 
+def test_sets_that_hardly_met_are_no_block():
+    samples = [Sample(one.source, one.target, 0, one.gbytes_per_second) for one in Cluster(8, 1, 5).samples() if not crosses(one, 4)]
+    assert solve(samples) == []
+    assert names(solve([*samples, Sample("n1", "n6", 0, 20.0)])) == [("link", "n1", 0, "n6")]
+
+
 def test_nothing_measured_accuses_nobody():
     assert solve([]) == []
+
+
+def test_a_pair_measured_too_high_does_not_make_the_other_links_of_its_ends_look_slow():
+    # As a token bucket does that has filled while its node waited.
+    burst = {("n5", "n3"): 240.0, ("n6", "n2"): 240.0, ("n6", "n3"): 60.0}
+    samples = [
+        Sample(sample.source, sample.target, sample.rail, burst.get((sample.source, sample.target), sample.gbytes_per_second))
+        for sample in Cluster(8, noise=0.0).samples()
+    ]
+    assert solve(samples, tolerance=0.5) == []
+    assert names(solve(samples, tolerance=0.7)) == [("link", "n6", 0, "n3")]

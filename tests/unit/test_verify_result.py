@@ -34,6 +34,15 @@ def test_unknown_hardware_is_a_warning_and_accuses_nobody():
     assert {entry["status"] for entry in report["answers"]} == {"none", "unknown"}
 
 
+@pytest.mark.parametrize("gpu", [None, H100])
+def test_one_process_has_nothing_to_measure(gpu):
+    run = Run(1, 1, gpu, minimum=5.0)
+    run.bus = 58707.0
+    report = assess(run)
+    assert {entry["status"] for entry in report["answers"]} == {"none"} and report["figures"]["application"] is None
+    assert report["verdict"] == "pass" and "nobody to exchange with" in report["headline"]
+
+
 def test_known_hardware_passes_with_its_arithmetic():
     run = Run(2, 8, H100, IB)
     run.speed, run.bus = 45.0, 44.0

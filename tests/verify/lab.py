@@ -42,8 +42,8 @@ def run(*words, check=True, timeout=900, **options):
 class Node:
     """One node of the lab."""
 
-    def __init__(self, name, address, bridge, nodes):
-        self.name, self.address, self.bridge, self.nodes = name, address, bridge, nodes
+    def __init__(self, name, address, bridge, nodes, port=PORT):
+        self.name, self.address, self.bridge, self.nodes, self.port = name, address, bridge, nodes, port
         self.machine = nspawn.machine_name(name, bridge)
 
     def shell(self, command, check=True, timeout=60):
@@ -62,7 +62,7 @@ class Node:
     def limit_to(self, peer, rate=SLOW):
         """A slow way to one peer only."""
         self.shell("tc qdisc del dev host0 root; tc qdisc add dev host0 root handle 1: htb default 1; "
-                   f"tc class replace dev host0 parent 1: classid 1:1 htb rate {PORT} burst 64kb; "
+                   f"tc class replace dev host0 parent 1: classid 1:1 htb rate {self.port} burst 64kb; "
                    f"tc class replace dev host0 parent 1: classid 1:2 htb rate {rate} burst 64kb; "
                    f"tc filter replace dev host0 parent 1: protocol ip u32 match ip dst {peer.address}/32 flowid 1:2")
 
@@ -84,7 +84,7 @@ class Node:
                    f"for f in {PYTHON_PACKAGES}/torch-*/METADATA.kept; do [ -e $f ] && mv $f ${{f%.kept}}; done; "
                    "systemctl stop torchrun-other.service nccl-verify.service 2>/dev/null; "
                    "rm -f /etc/systemd/system/torchrun-other.service; systemctl daemon-reload; true")
-        self.limit(PORT)
+        self.limit(self.port)
 
     def left(self):
         """What a verification has left behind."""
@@ -95,13 +95,14 @@ class Node:
 class Lab:
     """All nodes of an inventory."""
 
-    def __init__(self, inventory=HERE / "inventory"):
+    def __init__(self, inventory=HERE / "inventory", port=PORT):
         self.inventory = inventory
         listed = json.loads(run("ansible-inventory", "-i", inventory, "--list", cwd=ROOT))
         hosts = listed["train"]["hosts"]
         variables = listed["_meta"]["hostvars"]
         bridge = variables[hosts[0]]["lab_bridge"]
-        self.nodes = [Node(name, variables[name]["ansible_host"], bridge, inventory / ".state" / "nodes") for name in hosts]
+        self.nodes = [Node(name, variables[name]["ansible_host"], bridge, inventory / ".state" / "nodes", port)
+                      for name in hosts]
 
     def playbook(self, name, *options, check=True):
         path = name if "/" in name else f"playbooks/{name}.yml"
