@@ -130,11 +130,19 @@ done
 """
 
 
-def boot_words(machine: str, words: t.Sequence[str]) -> list[str]:
+def unit_name(machine: str) -> str:
+    """Return the unit of a node where systemd is PID 1 of this host."""
+    return f"nspawn-{machine}.service"
+
+
+def boot_words(machine: str, words: t.Sequence[str], console: str) -> list[str]:
     """Return the command that starts nspawn, again after each reboot of the node, so that it outlives its caller."""
     if unified_systemd():
-        properties = [f"--property={name}={REBOOT_STATUS}" for name in ("RestartForceExitStatus", "SuccessExitStatus")]
-        return ["systemd-run", "--quiet", f"--unit=nspawn-{machine}", "--property=Delegate=yes", *properties, "--collect", "--", *words]
+        properties = [f"{name}={REBOOT_STATUS}" for name in ("RestartForceExitStatus", "SuccessExitStatus")]
+        # With nspawn the node ends at once, as if its plug had been pulled; its own systemd would not heed a SIGTERM.
+        properties += ["Delegate=yes", "KillMode=mixed", f"StandardOutput=append:{console}", "StandardError=inherit"]
+        options = [f"--property={entry}" for entry in properties]
+        return ["systemd-run", "--quiet", f"--unit={unit_name(machine)}", *options, "--collect", "--", *words]
     return ["setsid", "unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", WITHOUT_SYSTEMD, "boot", machine, *words]
 
 

@@ -250,7 +250,8 @@ class Node:
         )
         with open(self.settings_path, "w", encoding="utf-8") as stream:
             json.dump(self.settings, stream)
-        nspawn.start(nspawn.boot_words(self.machine, words), os.path.join(self.folder, "console.log"))
+        console = os.path.join(self.folder, "console.log")
+        nspawn.start(nspawn.boot_words(self.machine, words, console), console)
         deadline = time.monotonic() + 10
         while not self.is_on():
             if time.monotonic() > deadline:
@@ -284,6 +285,11 @@ class Node:
             if time.monotonic() > deadline:
                 self.fail("its processes do not end")
             time.sleep(0.05)
+        if nspawn.unified_systemd():
+            # Until systemd has forgotten the unit, whose name the next boot needs.
+            unit = nspawn.unit_name(self.machine)
+            self.run("systemctl", "kill", "--signal=KILL", unit, check=False)
+            self.run("systemctl", "stop", unit, check=False)
         self.remove_interface()
 
     def cgroups(self) -> list[str]:
