@@ -14,15 +14,18 @@ import statistics
 import typing as t
 from dataclasses import dataclass
 
+from ansible_collections.onprem.torch.plugins.module_utils import culprit_blocks
+
 # A pair, or the best of a device, below this share of its reference is slow.
 TOLERANCE = 0.7
 # The same where nothing tells what the hardware should reach, as with virtual adapters, whose speed comes and goes with the CPU.
 UNKNOWN_TOLERANCE = 0.5
 # Of the links of a device, from this share on the device is named and not each link.
 MANY_LINKS = 0.5
-# Slow links without a pattern: so many, or this share of the hosts, may be bad cables; more are not.
+# Slow links without a pattern: so many, or this share of the hosts, may be bad cables; more are not. The same of nodes.
 FEW_LINKS = 4
 SCATTERED_LINKS = 0.5
+SCATTERED_NODES = 0.25
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Culprit:
     Attributes:
         kind: node, device, link, block, or network where so many links are slow that no node and no link explains it.
         host: the host at fault; of a link or block, one end; empty for the network.
-        device: local rank, None where all of a node's devices, or all rails of a block, are meant.
+        device: local rank, None where all devices of the node or of the pair, or all rails of a block, are meant.
         peer: the other end of a link; hosts of the other side of a block, with commas.
         measured: GB/s.
         expected: GB/s, the reference that the others give.
@@ -69,8 +72,8 @@ class Culprit:
         return dict(self.__dict__)
 
 
-Unit = t.Tuple[str, int]
-Way = t.Tuple[Unit, Unit]
+Unit = culprit_blocks.Unit
+Way = culprit_blocks.Way
 
 
 def figure(value: float) -> str:
@@ -92,7 +95,6 @@ def solve(samples: t.Sequence[Sample], expected: float | None = None, tolerance:
         values[way] = max(values.get(way, 0.0), sample.gbytes_per_second)
     if not values:
         return []
-    hosts = {unit[0] for way in values for unit in way}
     sends: dict[Unit, float] = {}
     receives: dict[Unit, float] = {}
     for (source, target), value in values.items():
@@ -100,36 +102,73 @@ def solve(samples: t.Sequence[Sample], expected: float | None = None, tolerance:
         receives[target] = max(receives.get(target, 0.0), value)
     reference = statistics.median([*sends.values(), *receives.values()])
     reference = max(reference, expected or 0.0)
+    hosts = {unit[0] for way in values for unit in way}
     if len(hosts) < 3:
         return two_hosts(values, reference, tolerance)
-    culprits, guilty = slow_units(values, sends, receives, reference, tolerance)
-    # Not more than the reference is expected of a link: one pair measured too high would make the other links of its ends look slow.
-    slow = {
-        (source, target): value
-        for (source, target), value in values.items()
-        if source not in guilty and target not in guilty and value < tolerance * min(sends[source], receives[target], reference)
-    }
-    culprits += slow_links(values, slow, sends, receives)
-    chaos = scattered(culprits, values, reference, len(hosts))
+    units, guilty = slow_units(values, sends, receives, reference, tolerance)
+    # A slow end explains its links; without it they would join, or part, sets of nodes that have nothing to do with it.
+    inner = {way: value for way, value in values.items() if not guilty.intersection(way)}
+    needed = healthy_links(inner, reference)
+    slow = {way: value for way, value in inner.items() if value < tolerance * needed[way]}
+    blocks, left = slow_blocks(inner, slow)
+    nodes, links = single_links(inner, left, needed)
+    chaos = scattered(values, units, nodes, links, None if expected else reference)
     if chaos:
-        return [chaos]
-    return sorted(culprits, key=lambda culprit: culprit.measured / (culprit.expected or 1.0))
+        # A few that are slow with everybody may be named beside it; many are part of it.
+        few = len({entry.host for entry in units}) <= max(1.0, len(hosts) * SCATTERED_NODES)
+        return [*(units if few else []), *(blocks if len(left) < len(slow) / 4 else []), chaos]
+    return sorted([*units, *blocks, *nodes, *links], key=lambda culprit: culprit.measured / (culprit.expected or 1.0))
 
 
-def scattered(culprits: t.Sequence[Culprit], values: t.Mapping[Way, float], reference: float, hosts: int) -> Culprit | None:
-    """Return the network in place of its links where far more are slow than bad cables explain.
+def healthy_links(values: t.Mapping[Way, float], reference: float) -> dict[Way, float]:
+    """Return what each way should reach: what both its ends reach with others.
+
+    Above everybody's reference a figure counts only where the same end reaches it a second time, with another or the other way:
+    one way measured too high would make the other links of its ends look slow.
+    """
+    found: dict[tuple[Unit, int], list[tuple[float, float]]] = {}
+    for way, value in values.items():
+        for end, unit in enumerate(way):
+            found.setdefault((unit, end), []).append((value, values.get((way[1], way[0]), 0.0)))
+    reached: dict[tuple[Unit, int], float] = {}
+    for key, both in found.items():
+        best = sorted((value for value, _back in both), reverse=True)
+        again = max([reference, *best[1:2], *(min(value, back) for value, back in both)])
+        reached[key] = min(best[0], again)
+    return {way: min(reached[(way[0], 0)], reached[(way[1], 1)]) for way in values}
+
+
+def scattered(
+    values: t.Mapping[Way, float],
+    units: t.Sequence[Culprit],
+    nodes: t.Sequence[Culprit],
+    links: t.Sequence[Culprit],
+    reference: float | None,
+) -> Culprit | None:
+    """Return the network where more is slow, and without a pattern, than bad nodes and cables explain; None where it is not so.
 
     Other traffic and busy CPUs slow pairs down at random, and whoever is accused then is healthy.
     """
-    links = sum(1 for culprit in culprits if culprit.kind == "link")
-    if links <= max(FEW_LINKS, hosts * SCATTERED_LINKS):
-        return None
-    text = (
-        f"pairs of nodes reach between {figure(min(values.values()))} and {figure(max(values.values()))} without a pattern: {links} "
-        f"links of {hosts} nodes are slow, more than a node, a cable or a switch explains; look for other traffic on the network "
-        "and for busy CPUs, and verify again when it is quiet"
-    )
-    return Culprit("network", "", None, None, min(values.values()), reference, text)
+    hosts = {unit[0] for way in values for unit in way}
+    bad_links = len({frozenset((entry.host, entry.peer)) for entry in links})
+    bad_nodes = len({entry.host for entry in nodes})
+    low, high = min(values.values()), max(values.values())
+    spread = f"pairs of nodes reach between {figure(low)} and {figure(high)} without a pattern"
+    if bad_links > max(FEW_LINKS, len(hosts) * SCATTERED_LINKS) or bad_nodes > max(2.0, len(hosts) * SCATTERED_NODES):
+        text = (
+            f"{spread}: {bad_links} links and most links of {bad_nodes} among {len(hosts)} nodes are slow, more than bad nodes, cables "
+            "or switches explain; look for other traffic on the network and for busy CPUs, and verify again when it is quiet"
+        )
+        return Culprit("network", "", None, None, low, reference or high, text)
+    met = len({frozenset((way[0][0], way[1][0])) for way in values})
+    alone = len({entry.host for entry in units})
+    if reference and met < len(hosts) * (len(hosts) - 1) / 4 and alone > max(3.0, len(hosts) * SCATTERED_NODES / 2):
+        text = (
+            f"{spread}: {alone} of {len(hosts)} nodes are slow with the few peers that they met, as where racks reach each other "
+            "slowly; verify rack by rack to tell"
+        )
+        return Culprit("network", "", None, None, low, reference, text)
+    return None
 
 
 def two_hosts(values: t.Mapping[Way, float], reference: float, tolerance: float) -> list[Culprit]:
@@ -185,100 +224,89 @@ def count(values: t.Mapping[Way, float], unit: Unit, end: int) -> int:
     return sum(1 for way in values if way[end] == unit)
 
 
-def slow_links(
-    values: t.Mapping[Way, float],
-    slow: t.Mapping[Way, float],
-    sends: t.Mapping[Unit, float],
-    receives: t.Mapping[Unit, float],
-) -> list[Culprit]:
-    """Return slow links; one block where two sets of nodes reach each other slowly; the node where most of its links are slow."""
-    found, left = slow_blocks(values, slow, None)
-    for rail in sorted({way[0][1] for way in left}) if not found else []:
-        more, left = slow_blocks(values, left, rail)
-        found += more
-    return found + single_links(values, left, sends, receives)
-
-
-def slow_blocks(values: t.Mapping[Way, float], slow: t.Mapping[Way, float], rail: int | None) -> tuple[list[Culprit], dict[Way, float]]:
-    """Return the blocks on one rail, or on all together, and the slow directions that they do not explain."""
-    here = {way: value for way, value in values.items() if rail is None or way[0][1] == rail}
-    sides = blocks(here, slow)
-    if not sides:
-        return [], dict(slow)
-    first, second = sides
-    across = {way: slow[way] for way in here if way in slow and (way[0][0] in first) != (way[1][0] in first)}
-    if len(across) < 4:
-        # Where few pairs were measured, as beyond 64 nodes, two sets may just not have met.
-        return [], dict(slow)
-    measured = statistics.median(across.values())
-    reference = statistics.median(value for way, value in here.items() if way not in slow)
-    one, other = ", ".join(sorted(first)), ", ".join(sorted(second))
-    text = (
-        f"all {len(across)} directions between [{one}] and [{other}]{'' if rail is None else f' on device {rail}'} are slow, "
-        f"{figure(measured)} in the median, while pairs on one side reach {figure(reference)}: look at what joins the two sides, "
-        "such as a switch's uplink"
-    )
-    found = [Culprit("block", sorted(first)[0], rail, other, measured, reference, text)]
-    left = {way: value for way, value in slow.items() if way not in across}
-    # A side may fall into further blocks.
-    for side in sides:
-        more, left = slow_blocks({way: value for way, value in here.items() if {way[0][0], way[1][0]} <= side}, left, rail)
-        found += more
+def slow_blocks(values: t.Mapping[Way, float], slow: t.Mapping[Way, float]) -> tuple[list[Culprit], dict[Way, float]]:
+    """Return what is slow between sets of nodes, on all rails or on one, and the slow ways that this does not explain."""
+    found: list[Culprit] = []
+    left = dict(slow)
+    rails = sorted({way[0][1] for way in values})
+    for rail in [None, *rails] if len(rails) > 1 else [None]:
+        here = {way: value for way, value in values.items() if rail is None or way[0][1] == rail}
+        healthy = [value for way, value in here.items() if way not in slow]
+        for block in culprit_blocks.find(here, {way for way in left if way in here}):
+            # Found before on all rails, or between sets that overlap with others'.
+            mine = [left.pop(way) for way in block.slow if way in left]
+            if mine:
+                found.append(block_culprit(block, rail, statistics.median(mine), statistics.median(healthy)))
     return found, left
 
 
+def block_culprit(block: culprit_blocks.Block, rail: int | None, measured: float, reference: float) -> Culprit:
+    """Return the culprit that a block is."""
+    sides = [f"[{', '.join(side)}]" for side in block.sides]
+    between = f"from {sides[0]} to {sides[1]}" if block.one_way else f"between {', '.join(sides[:-1])} and {sides[-1]}"
+    text = (
+        f"{len(block.slow)} of {block.measured} directions {between}{'' if rail is None else f' on device {rail}'} are slow, "
+        f"{figure(measured)} in the median, while pairs on one side reach {figure(reference)}: look at what joins the sides, such as "
+        "a switch's uplink"
+    )
+    others = ", ".join(host for side in block.sides[1:] for host in side)
+    return Culprit("block", block.sides[0][0], rail, others, measured, reference, text)
+
+
 def single_links(
-    values: t.Mapping[Way, float], slow: t.Mapping[Way, float], sends: t.Mapping[Unit, float], receives: t.Mapping[Unit, float]
-) -> list[Culprit]:
-    """Return the nodes most of whose links are slow, and the links that are left."""
-    culprits: list[Culprit] = []
-    left_over = dict(slow)
-    while left_over:
+    values: t.Mapping[Way, float], slow: t.Mapping[Way, float], needed: t.Mapping[Way, float]
+) -> tuple[list[Culprit], list[Culprit]]:
+    """Return the nodes and devices most of whose links are slow, and the slow links that are left."""
+    busy: list[tuple[Unit, float, float, str]] = []
+    left = dict(slow)
+    while left:
         tally: dict[Unit, int] = {}
-        pairs = {frozenset(way) for way in left_over}
-        for pair in pairs:
+        for pair in {frozenset(way) for way in left}:
             for unit in pair:
                 tally[unit] = tally.get(unit, 0) + 1
         unit = max(sorted(tally), key=lambda entry: tally[entry])
         peers = len({frozenset(way) for way in values if unit in way})
         if tally[unit] < 3 or tally[unit] <= MANY_LINKS * peers:
             break
-        mine = [value for way, value in left_over.items() if unit in way]
-        reference = max(sends.get(unit, 0.0), receives.get(unit, 0.0))
-        text = (
-            f"{tally[unit]} of {peers} links of {unit[0]} (device {unit[1]}) are slow, {figure(statistics.median(mine))} in the "
-            f"median, while its best reaches {figure(reference)}"
-        )
-        culprits.append(Culprit("node", unit[0], None, None, statistics.median(mine), reference, text))
-        left_over = {way: value for way, value in left_over.items() if unit not in way}
-    for pair in sorted({tuple(sorted(way)) for way in left_over}):
-        ways = sorted(way for way in left_over if tuple(sorted(way)) == pair)
-        worst = min(ways, key=lambda way: left_over[way])
-        (source, rail), (target, _rail) = worst
-        reference = min(sends[worst[0]], receives[worst[1]])
-        direction = "both directions are slow" if len(ways) > 1 else "the other direction is healthy"
-        text = (
-            f"{source} sends {figure(left_over[worst])} to {target} on device {rail}, while both reach {figure(reference)} "
-            f"with others; {direction}"
-        )
-        culprits.append(Culprit("link", source, rail, target, left_over[worst], reference, text))
+        mine = statistics.median(value for way, value in left.items() if unit in way)
+        reference = max(value for way, value in needed.items() if unit in way)
+        text = f"are slow, {figure(mine)} in the median, while its best reaches {figure(reference)}"
+        busy.append((unit, mine, reference, f"{tally[unit]} of {peers} links of {{}} {text}"))
+        left = {way: value for way, value in left.items() if unit not in way}
+    return busy_nodes(values, busy), bad_links(values, left, needed)
+
+
+def busy_nodes(values: t.Mapping[Way, float], busy: t.Sequence[tuple[Unit, float, float, str]]) -> list[Culprit]:
+    """Return a node where all its devices have mostly slow links, else the devices."""
+    culprits = []
+    for host in sorted({unit[0] for unit, _mine, _reference, _text in busy}):
+        devices = {unit for way in values for unit in way if unit[0] == host}
+        mine = sorted((entry for entry in busy if entry[0][0] == host), key=lambda entry: entry[1])
+        whole = len(mine) == len(devices)
+        for unit, measured, reference, text in mine[:1] if whole else mine:
+            who = host if whole else f"device {unit[1]} of {host}"
+            culprits.append(
+                Culprit("node" if whole else "device", host, None if whole else unit[1], None, measured, reference, text.format(who))
+            )
     return culprits
 
 
-def blocks(values: t.Mapping[Way, float], slow: t.Mapping[Way, float]) -> tuple[set[str], set[str]] | None:
-    """Return two sets of two or more hosts each between which every direction is slow; None where there are none."""
-    hosts = {unit[0] for way in values for unit in way}
-    healthy: dict[str, set[str]] = {host: set() for host in hosts}
-    for source, target in values:
-        if (source, target) not in slow:
-            healthy[source[0]].add(target[0])
-            healthy[target[0]].add(source[0])
-    first: set[str] = set()
-    waiting = [min(hosts)]
-    while waiting:
-        host = waiting.pop()
-        if host not in first:
-            first.add(host)
-            waiting.extend(healthy[host] - first)
-    second = hosts - first
-    return (first, second) if len(first) >= 2 and len(second) >= 2 else None
+def bad_links(values: t.Mapping[Way, float], slow: t.Mapping[Way, float], needed: t.Mapping[Way, float]) -> list[Culprit]:
+    """Return the slow links, one for all devices of a pair of nodes where it is slow on each of them."""
+    culprits = []
+    for pair in sorted({tuple(sorted((way[0][0], way[1][0]))) for way in slow}):
+        ways = sorted(way for way in slow if {way[0][0], way[1][0]} == set(pair))
+        rails = sorted({way[0][1] for way in ways})
+        every = {way[0][1] for way in values if {way[0][0], way[1][0]} == set(pair)}
+        whole = len(every) > 1 and every == set(rails)
+        for rail in [None] if whole else rails:
+            mine = [way for way in ways if rail is None or way[0][1] == rail]
+            worst = min(mine, key=lambda way: slow[way])
+            source, target = worst[0][0], worst[1][0]
+            back = any(way[0][0] == target for way in mine)
+            text = (
+                f"{source} sends {figure(slow[worst])} to {target} on {'all devices' if rail is None else f'device {rail}'}, while both "
+                f"reach {figure(needed[worst])} with others; {'both directions are slow' if back else 'the other direction is healthy'}"
+            )
+            culprits.append(Culprit("link", source, rail, target, slow[worst], needed[worst], text))
+    return culprits

@@ -364,6 +364,14 @@ def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]], toleran
     ]
     found = []
     for entry in culprit.solve(samples, tolerance=tolerance):
+        if entry.kind == "network":
+            low, high = (chosen(sample.gbytes_per_second for sample in samples) for chosen in (min, max))
+            text = (
+                f"the devices of {host} reach each other with {culprit.figure(low)} to {culprit.figure(high)} without a pattern that a "
+                "device or link explains; look at nvidia-smi topo -m, and at what else runs there"
+            )
+            found.append(culprit.Culprit("network", host, None, None, low, high, text))
+            continue
         device = int(entry.host.split()[1])
         kind = "device" if entry.kind == "node" else entry.kind
         found.append(culprit.Culprit(kind, host, device, entry.peer, entry.measured, entry.expected, entry.evidence))

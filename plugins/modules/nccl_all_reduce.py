@@ -222,7 +222,7 @@ report:
       description:
         - What is slow, each with C(kind), C(host), C(device), C(peer), C(measured), C(expected) (GB/s) and C(evidence).
         - C(kind) is C(node), C(device), C(link), C(block) (what joins two sets of nodes) or C(network), where so many links are
-          slow without a pattern that nobody is accused.
+          slow without a pattern that no link is named; C(host) is empty then, or the node inside which it is so.
       type: list
       elements: dict
     failures:

@@ -12,6 +12,7 @@ version_added: 0.1.0
 description:
   - Makes a bridge with an address, forwarding, an nftables table that lets the nodes reach the outside by masquerading,
     and network namespaces for outsiders, who are on the same network and no peers.
+  - Raises the kernel's limits of inotify instances and neighbours where they are too low for many nodes; they stay so.
 options:
   name:
     description: Name of the bridge.
@@ -142,8 +143,9 @@ class Bridge:
     def room_for_neighbours(self) -> None:
         """Raise the number of neighbours where this machine allows it; a container may not, and small labs do not need it."""
         for path in NEIGHBOURS:
-            with contextlib.suppress(OSError):
-                self.sysctl(path, ENOUGH_NEIGHBOURS)
+            if os.access(path, os.W_OK):
+                with contextlib.suppress(OSError):
+                    self.sysctl(path, ENOUGH_NEIGHBOURS)
 
     def present(self) -> None:
         """Make what is missing."""

@@ -40,11 +40,11 @@ def spent(found):
 
 def judge(found, wanted):
     """Whether exactly what was planted was named, and whether anything else was."""
-    named = {(kind, frozenset({host, peer} - {None})) for kind, host, peer in found.culprits}
+    named = {(kind, frozenset({host, peer} - {None})) for kind, host, peer in found.culprits if host}
     return wanted in named, bool(named - {wanted})
 
 
-def placements(lab, count, dice):
+def placements(lab, count, dice, share):
     """Plant a fault at a random place, verify, heal; print and count."""
     result = {}
     names = [node.name for node in lab.nodes]
@@ -52,7 +52,7 @@ def placements(lab, count, dice):
         hits, false, times = 0, 0, []
         for turn in range(count):
             one, other = dice.sample(lab.nodes, 2)
-            rate = f"{dice.choice((20, 40, 80))}mbit"
+            rate = f"{dice.choice((20, 40, 80)) * share:.0f}mbit"
             if kind == "node":
                 one.limit(rate)
                 wanted = ("node", frozenset({one.name}))
@@ -61,7 +61,7 @@ def placements(lab, count, dice):
                 other.limit_to(one, rate)
                 wanted = ("link", frozenset({one.name, other.name}))
             try:
-                found = Verification(lab, "-e", "nccl_verify_pairwise=always")
+                found = Verification(lab, "-e", "nccl_verify_pairwise=always", minimum=MINIMUM * share)
             finally:
                 one.heal()
                 other.heal()
@@ -92,7 +92,7 @@ def main(count: int, nodes: int, seed: int) -> dict:
                 print(f"    {failure}", flush=True)
             result[f"healthy, pairs {pairwise}"] = {"verdict": found.report.get("verdict"), "wall_seconds": found.seconds,
                                                     "seconds": found.report.get("seconds")}
-        result.update(placements(lab, count, random.Random(seed)))
+        result.update(placements(lab, count, random.Random(seed), share))
     finally:
         lab.close()
     return result

@@ -43,6 +43,25 @@ def test_one_process_has_nothing_to_measure(gpu):
     assert report["verdict"] == "pass" and "nobody to exchange with" in report["headline"]
 
 
+def test_devices_that_reach_each_other_without_a_pattern_are_told_of_their_node():
+    run = Run(1, 8, H100)
+    # Every device has fast links to four others, as in a cube mesh.
+    fast = {frozenset(pair) for pair in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7)]}
+    fast |= {frozenset(pair) for pair in [(4, 5), (4, 6), (4, 7), (5, 6), (5, 7), (6, 7)]}
+    pairs = [
+        {"source": one, "target": two, "gbytes_per_second": value, "median_gbytes_per_second": value}
+        for one in range(8)
+        for two in range(8)
+        if one != two
+        for value in [22.0 if frozenset((one, two)) in fast else 8.0]
+    ]
+    collected = run.collected()
+    collected["n0"]["result"]["measured"]["inside_pairs"] = {"size": 1 << 20, "rounds": 7, "confirmed": 0, "seconds": 1.0, "pairs": pairs}
+    report = verify_result.assess(run.verification(), collected, [], 1000.0)
+    assert named(report) == [("network", "n0", None)]
+    assert "nvidia-smi topo -m" in report["culprits"][0]["evidence"]
+
+
 def test_known_hardware_passes_with_its_arithmetic():
     run = Run(2, 8, H100, IB)
     run.speed, run.bus = 45.0, 44.0
