@@ -50,7 +50,7 @@ class Culprit:
     """What is slow.
 
     Attributes:
-        kind: node, device, link, block, or network where so many links are slow that no node and no link explains it.
+        kind: node, device, link, block, or network where more is slow than nodes and links explain: a whole rail, or no pattern.
         host: the host at fault; of a link or block, one end; empty for the network.
         device: local rank, None where all devices of the node or of the pair, or all rails of a block, are meant.
         peer: the other end of a link; hosts of the other side of a block, with commas.
@@ -100,11 +100,14 @@ def solve(samples: t.Sequence[Sample], expected: float | None = None, tolerance:
     for (source, target), value in values.items():
         sends[source] = max(sends.get(source, 0.0), value)
         receives[target] = max(receives.get(target, 0.0), value)
-    reference = statistics.median([*sends.values(), *receives.values()])
+    # Of an even number the upper one: the mean of a good and a bad one is neither.
+    reference = statistics.median_high([*sends.values(), *receives.values()])
     reference = max(reference, expected or 0.0)
+    alone, values = rails_of_two(values)
+    pairs = two_hosts(alone, reference, tolerance)
+    if not values:
+        return pairs
     hosts = {unit[0] for way in values for unit in way}
-    if len(hosts) < 3:
-        return two_hosts(values, reference, tolerance)
     units, guilty = slow_units(values, sends, receives, reference, tolerance)
     # A slow end explains its links; without it they would join, or part, sets of nodes that have nothing to do with it.
     inner = {way: value for way, value in values.items() if not guilty.intersection(way)}
@@ -116,8 +119,16 @@ def solve(samples: t.Sequence[Sample], expected: float | None = None, tolerance:
     if chaos:
         # A few that are slow with everybody may be named beside it; many are part of it.
         few = len({entry.host for entry in units}) <= max(1.0, len(hosts) * SCATTERED_NODES)
-        return [*(units if few else []), *(blocks if len(left) < len(slow) / 4 else []), chaos]
-    return sorted([*units, *blocks, *nodes, *links], key=lambda culprit: culprit.measured / (culprit.expected or 1.0))
+        return [*(units if few else []), *(blocks if len(left) < len(slow) / 4 else []), *pairs, chaos]
+    return sorted([*units, *blocks, *nodes, *links, *pairs], key=lambda culprit: culprit.measured / (culprit.expected or 1.0))
+
+
+def rails_of_two(values: t.Mapping[Way, float]) -> tuple[dict[Way, float], dict[Way, float]]:
+    """Return the ways on rails on which only two nodes have a device, and the others."""
+    units = {unit for way in values for unit in way}
+    small = {rail for _host, rail in units if sum(1 for unit in units if unit[1] == rail) < 3}
+    alone = {way: value for way, value in values.items() if way[0][1] in small}
+    return alone, {way: value for way, value in values.items() if way not in alone}
 
 
 def healthy_links(values: t.Mapping[Way, float], reference: float) -> dict[Way, float]:
@@ -205,10 +216,10 @@ def slow_units(
             low.append(f"receives at most {figure(receiving)} from any of {count(values, unit, 1)} peers")
         if low:
             found[unit] = (min(sending, receiving), " and ".join(low))
-    culprits = []
-    for host in sorted({unit[0] for unit in found}):
+    culprits, explained = slow_rails(units, {unit: low for unit, (low, _text) in found.items()}, sends, receives)
+    for host in sorted({unit[0] for unit in found if unit not in explained}):
         devices = [unit for unit in units if unit[0] == host]
-        guilty = [unit for unit in devices if unit in found]
+        guilty = [unit for unit in devices if unit in found and unit not in explained]
         whole = len(guilty) == len(devices)
         for unit in [min(guilty, key=lambda entry: found[entry][0])] if whole else guilty:
             measured, text = found[unit]
@@ -217,6 +228,28 @@ def slow_units(
             kind = "node" if whole else "device"
             culprits.append(Culprit(kind, host, None if whole else unit[1], None, measured, reference, f"{who} {text}{others}"))
     return culprits, set(found)
+
+
+def slow_rails(
+    units: t.Sequence[Unit], found: t.Mapping[Unit, float], sends: t.Mapping[Unit, float], receives: t.Mapping[Unit, float]
+) -> tuple[list[Culprit], set[Unit]]:
+    """Return the rails of several on which nearly all devices are slow, which is their switch's doing, and those devices."""
+    culprits: list[Culprit] = []
+    explained: set[Unit] = set()
+    healthy = [max(sends.get(unit, 0.0), receives.get(unit, 0.0)) for unit in units if unit not in found]
+    for rail in sorted({unit[1] for unit in found}):
+        devices = [unit for unit in units if unit[1] == rail]
+        bad = [unit for unit in devices if unit in found]
+        if not healthy or len(devices) == len(units) or len(bad) < culprit_blocks.NEARLY_ALL * len(devices):
+            continue
+        explained.update(bad)
+        measured, reference = statistics.median(found[unit] for unit in bad), statistics.median(healthy)
+        text = (
+            f"device {rail} of {len(bad)} of {len(devices)} nodes is slow with everybody, {figure(measured)} in the median, while "
+            f"other devices reach {figure(reference)}: look at the switch of that rail"
+        )
+        culprits.append(Culprit("network", "", rail, None, measured, reference, text))
+    return culprits, explained
 
 
 def count(values: t.Mapping[Way, float], unit: Unit, end: int) -> int:

@@ -64,7 +64,9 @@ def find(values: t.Mapping[Way, float], slow: t.Collection[Way]) -> list[Block]:
         one, other = min(left)
         # Racks that are all slow to each other share what joins them.
         clique = [one, other]
-        clique += [more for more in range(len(groups)) if more not in clique and all((more, member) in both for member in clique)]
+        for more in range(len(groups)):
+            if more not in clique and all((more, member) in both for member in clique):
+                clique.append(more)
         left -= {(first, second) for first in clique for second in clique}
         found.append(block(values, slow, [groups[number] for number in sorted(clique)], False))
     for number, group in enumerate(groups):
@@ -84,7 +86,10 @@ def alike(tried: t.Mapping[str, t.Mapping[str, bool]]) -> list[set[str]]:
         if len(slow[source]) < 2:
             continue
         for group in groups:
-            if agree(slow[source], slow[group[0]]) and agree(healthy[source], healthy[group[0]]):
+            # A bad link between the two makes each a slow target of the other, and of nobody else.
+            themselves = {source, group[0]}
+            same = agree(slow[source] - themselves, slow[group[0]] - themselves)
+            if same and agree(healthy[source], healthy[group[0]]):
                 group.append(source)
                 break
         else:

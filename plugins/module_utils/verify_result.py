@@ -348,14 +348,21 @@ def accused(report: t.Mapping[str, t.Any], expected: t.Mapping[str, Expected]) -
         needed / rails if needed and expected["wire"].blocks else None,
         culprit.UNKNOWN_TOLERANCE if expected["wire"].value is None else culprit.TOLERANCE,
     )
+    passed = any(entry["name"] == "inside" and entry["status"] == "pass" for entry in report["answers"])
+    tolerance = culprit.UNKNOWN_TOLERANCE if expected["inside"].value is None else culprit.TOLERANCE
     for host in report["order"]:
         here = [entry for entry in report["inside_pairs"] if entry["source"] == host]
-        found += inside_culprits(host, here, culprit.UNKNOWN_TOLERANCE if expected["inside"].value is None else culprit.TOLERANCE)
+        found += inside_culprits(host, here, tolerance, passed)
     return found
 
 
-def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]], tolerance: float) -> list[culprit.Culprit]:
-    """Return the slow devices and links inside one node."""
+def inside_culprits(
+    host: str, pairs: t.Sequence[t.Mapping[str, t.Any]], tolerance: float, passed: bool
+) -> list[culprit.Culprit]:
+    """Return the slow devices and links inside one node.
+
+    Where the node passed, pairs that differ by their wiring, such as bridges between some of its devices, are as they should be.
+    """
     samples = [
         culprit.Sample(
             f"device {entry['source_device']} of {host}", f"device {entry['target_device']} of {host}", 0, entry["gbytes_per_second"]
@@ -364,18 +371,28 @@ def inside_culprits(host: str, pairs: t.Sequence[t.Mapping[str, t.Any]], toleran
     ]
     found = []
     for entry in culprit.solve(samples, tolerance=tolerance):
-        if entry.kind == "network":
-            low, high = (chosen(sample.gbytes_per_second for sample in samples) for chosen in (min, max))
-            text = (
-                f"the devices of {host} reach each other with {culprit.figure(low)} to {culprit.figure(high)} without a pattern that a "
-                "device or link explains; look at nvidia-smi topo -m, and at what else runs there"
-            )
-            found.append(culprit.Culprit("network", host, None, None, low, high, text))
+        if entry.kind in ("network", "block"):
+            if not passed:
+                found.append(devices_apart(host, [sample.gbytes_per_second for sample in samples]))
             continue
+        text = entry.evidence
+        if entry.kind == "link":
+            ends = f"{entry.host} sends {culprit.figure(entry.measured)} to {entry.peer}"
+            text = f"{ends}, while {culprit.figure(entry.expected)} is reached between devices of that node"
         device = int(entry.host.split()[1])
         kind = "device" if entry.kind == "node" else entry.kind
-        found.append(culprit.Culprit(kind, host, device, entry.peer, entry.measured, entry.expected, entry.evidence))
+        found.append(culprit.Culprit(kind, host, device, entry.peer, entry.measured, entry.expected, text))
     return found
+
+
+def devices_apart(host: str, speeds: t.Sequence[float]) -> culprit.Culprit:
+    """Return what is said where the speeds between a node's devices differ in a way that no device and no link explains."""
+    low, high = min(speeds), max(speeds)
+    text = (
+        f"the devices of {host} reach each other with {culprit.figure(low)} to {culprit.figure(high)}, which no single device or link "
+        "explains; look at nvidia-smi topo -m for bridges and sockets, and at what else runs there"
+    )
+    return culprit.Culprit("network", host, None, None, low, high, text)
 
 
 def headline(report: t.Mapping[str, t.Any]) -> str:

@@ -221,8 +221,8 @@ report:
     culprits:
       description:
         - What is slow, each with C(kind), C(host), C(device), C(peer), C(measured), C(expected) (GB/s) and C(evidence).
-        - C(kind) is C(node), C(device), C(link), C(block) (what joins two sets of nodes) or C(network), where so many links are
-          slow without a pattern that no link is named; C(host) is empty then, or the node inside which it is so.
+        - C(kind) is C(node), C(device), C(link), C(block) (what joins sets of nodes) or C(network), a whole rail (C(device)), or
+          so many links without a pattern that none is named; C(host) is empty then, or the node inside which it is so.
       type: list
       elements: dict
     failures:

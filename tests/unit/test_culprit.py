@@ -186,6 +186,39 @@ def test_a_link_that_is_slow_on_all_rails_is_one_link(nodes, rails, seed, both):
     assert {found[0].host, found[0].peer} == {"n1", "n2"}
 
 
+def test_a_slow_rail_is_its_switch_and_no_device():
+    found = solve(list(changed(Cluster(8, 4, 2), (lambda one: one.rail == 1, 0.3))))
+    assert names(found) == [("network", "", 1, None)]
+    assert "switch of that rail" in found[0].evidence
+
+
+def test_of_two_nodes_the_better_way_is_what_is_expected():
+    found = solve([Sample("a", "b", 0, 60.0), Sample("b", "a", 0, 100.0)])
+    assert [(culprit.host, culprit.expected) for culprit in found] == [("a", 100.0)]
+
+
+def test_a_rail_that_only_two_nodes_have_is_judged_as_two_nodes_are():
+    extra = [Sample("n0", "n1", 1, 20.0), Sample("n1", "n0", 1, 20.0)]
+    found = solve([*Cluster(8, 1, 2).samples(), *extra])
+    assert [(culprit.kind, culprit.host, culprit.peer) for culprit in found] == [("link", "n0", "n1"), ("link", "n1", "n0")]
+
+
+def test_a_small_rack_behind_a_slow_uplink_and_a_bad_link_elsewhere():
+    def slow(one):
+        return ({one.source, one.target} == {"n12", "n13"}) or ((one.source in ("n18", "n19")) != (one.target in ("n18", "n19")))
+
+    found = solve(list(changed(Cluster(20, 1, 2), (slow, 0.3))))
+    assert sorted(culprit.kind for culprit in found) == ["block", "link"]
+    assert next({culprit.host, culprit.peer} for culprit in found if culprit.kind == "link") == {"n12", "n13"}
+
+
+def test_racks_share_a_spine_only_where_each_is_slow_to_each():
+    trunks = {frozenset(pair) for pair in [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 4), (3, 5)]}
+    found = solve(list(changed(Cluster(12, 1, 2), (lambda one: frozenset(rack(one, 2)) in trunks, 0.3))))
+    assert all("n4" not in culprit.evidence or "n6" not in culprit.evidence for culprit in found)
+    assert {culprit.kind for culprit in found} == {"block"}
+
+
 def test_a_slow_link_between_the_fast_nodes_of_a_mixed_cluster_is_named():
     def speed(source, target):
         return 80.0 if {source, target} == {0, 1} else 400.0 if max(source, target) < 3 else 100.0

@@ -43,23 +43,42 @@ def test_one_process_has_nothing_to_measure(gpu):
     assert report["verdict"] == "pass" and "nobody to exchange with" in report["headline"]
 
 
-def test_devices_that_reach_each_other_without_a_pattern_are_told_of_their_node():
-    run = Run(1, 8, H100)
-    # Every device has fast links to four others, as in a cube mesh.
-    fast = {frozenset(pair) for pair in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (1, 5), (2, 3), (2, 6), (3, 7)]}
-    fast |= {frozenset(pair) for pair in [(4, 5), (4, 6), (4, 7), (5, 6), (5, 7), (6, 7)]}
+def inside(run, speed):
+    """The report of one node whose devices reach each other with speed(one, other) GB/s."""
     pairs = [
-        {"source": one, "target": two, "gbytes_per_second": value, "median_gbytes_per_second": value}
-        for one in range(8)
-        for two in range(8)
+        {"source": one, "target": two, "gbytes_per_second": speed(one, two), "median_gbytes_per_second": speed(one, two)}
+        for one in range(run.nproc)
+        for two in range(run.nproc)
         if one != two
-        for value in [22.0 if frozenset((one, two)) in fast else 8.0]
     ]
     collected = run.collected()
     collected["n0"]["result"]["measured"]["inside_pairs"] = {"size": 1 << 20, "rounds": 7, "confirmed": 0, "seconds": 1.0, "pairs": pairs}
-    report = verify_result.assess(run.verification(), collected, [], 1000.0)
+    return verify_result.assess(run.verification(), collected, [], 1000.0)
+
+
+# Every device of eight has fast links to four others.
+MESH = {frozenset((base + one, base + two)) for base in (0, 4) for one in range(4) for two in range(one)}
+MESH |= {frozenset((one, one + 4)) for one in range(4)}
+
+
+@pytest.mark.parametrize("fast", [MESH, {frozenset((0, 1)), frozenset((2, 3)), frozenset((4, 5)), frozenset((6, 7))}])
+def test_devices_that_are_wired_unevenly_are_told_of_their_node_unless_it_passed(fast):
+    run = Run(1, 8)
+    report = inside(run, lambda one, two: 22.0 if frozenset((one, two)) in fast else 8.0)
     assert named(report) == [("network", "n0", None)]
     assert "nvidia-smi topo -m" in report["culprits"][0]["evidence"]
+    passed = Run(1, 8, H100)
+    passed.bus = 800.0
+    report = inside(passed, lambda one, two: 22.0 if frozenset((one, two)) in fast else 8.0)
+    assert report["verdict"] == "pass" and not report["culprits"]
+
+
+@pytest.mark.parametrize("nproc", [2, 8])
+def test_a_slow_link_inside_a_node_is_named_by_its_devices(nproc):
+    report = inside(Run(1, nproc), lambda one, two: 20.0 if (one, two) == (0, 1) else 100.0)
+    assert [entry["evidence"] for entry in report["culprits"]] == [
+        "device 0 of n0 sends 20 GB/s to device 1 of n0, while 100 GB/s is reached between devices of that node"
+    ]
 
 
 def test_known_hardware_passes_with_its_arithmetic():
