@@ -15,6 +15,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # A veth is as fast as the CPU has time, so every port gets a speed of its own that two busy cores can carry.
 PORT, SLOW = "200mbit", "16mbit"    # 0.025 and 0.002 GB/s
+# A port that has rested sends so much at once: far less than a pair exchanges, or rested pairs would look twice as fast as others.
+BURST = "32kb"
 # GB/s of bus bandwidth that healthy ports reach easily, and that no all-reduce with a slow one can.
 MINIMUM = 0.003
 PYTHON_PACKAGES = "/opt/torch/lib/python3.11/site-packages"
@@ -56,14 +58,14 @@ class Node:
 
     def limit(self, rate=SLOW):
         """The speed of the node's port, both ways."""
-        self.shell(f"tc qdisc del dev host0 root 2>/dev/null; tc qdisc add dev host0 root tbf rate {rate} burst 64kb latency 200ms")
-        run("tc", "qdisc", "replace", "dev", f"vb-{self.machine}", "root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+        self.shell(f"tc qdisc del dev host0 root 2>/dev/null; tc qdisc add dev host0 root tbf rate {rate} burst {BURST} latency 200ms")
+        run("tc", "qdisc", "replace", "dev", f"vb-{self.machine}", "root", "tbf", "rate", rate, "burst", BURST, "latency", "200ms")
 
     def limit_to(self, peer, rate=SLOW):
         """A slow way to one peer only."""
         self.shell("tc qdisc del dev host0 root; tc qdisc add dev host0 root handle 1: htb default 1; "
-                   f"tc class replace dev host0 parent 1: classid 1:1 htb rate {self.port} burst 64kb; "
-                   f"tc class replace dev host0 parent 1: classid 1:2 htb rate {rate} burst 64kb; "
+                   f"tc class replace dev host0 parent 1: classid 1:1 htb rate {self.port} burst {BURST}; "
+                   f"tc class replace dev host0 parent 1: classid 1:2 htb rate {rate} burst {BURST}; "
                    f"tc filter replace dev host0 parent 1: protocol ip u32 match ip dst {peer.address}/32 flowid 1:2")
 
     def drop(self, port):
