@@ -43,10 +43,31 @@ TOOLKIT_FOLDER, ARCHIVES_FOLDER = "/usr/local", "/var/cache/apt"
 VERSION_OF = {"nvidia_driver": "nvidia_driver_version", "cuda": "cuda_toolkit_version", "nccl": "nccl_version"}
 
 
-def runs_on(line: t.Mapping[str, t.Any], level: int) -> bool:
-    """Return whether torch's wheels of a line have code for a capability: same major, same or lower minor version."""
-    built = [round(float(entry) * 10) for entry in line.get("architectures") or []]
-    return level == 0 or any(entry // 10 == level // 10 and entry <= level for entry in built)
+def runs_on(line: t.Mapping[str, t.Any], level: int, torch: str) -> bool:
+    """Return whether torch's wheels of a line have code for a capability: same major, same or lower minor version.
+
+    Args:
+        line: the line of the manifest.
+        level: the capability times ten; 0 where unknown, which is never refused.
+        torch: the version of torch; empty for the newest.
+    """
+    last = line.get("architectures_last_torch") or {}
+    for entry in line.get("architectures") or []:
+        until = str(last.get(str(entry)) or "")
+        built = round(float(entry) * 10)
+        if until and (not torch or numbers(torch) > numbers(until)):
+            continue
+        if built // 10 == level // 10 and built <= level:
+            return True
+    return level == 0
+
+
+def wheel_version(variables: Variables, line: t.Mapping[str, t.Any]) -> str:
+    """Return the version of torch that counts for a line's wheels; the line's first one where wheels come from elsewhere.
+
+    What an index of the user's own or an existing environment is built for shows only once its torch is asked.
+    """
+    return str(line.get("torch_first") or "") if own_index(variables) else str(variables.get("pytorch_version") or "")
 
 
 def has_torch(line: t.Mapping[str, t.Any], version: str) -> bool:
@@ -63,6 +84,12 @@ def has_torch(line: t.Mapping[str, t.Any], version: str) -> bool:
 def own_index(variables: Variables) -> bool:
     """Return whether torch comes from somewhere else than the line's index."""
     return bool(variables.get("pytorch_index_url")) or variables.get("pytorch_source") in ("existing", "distribution")
+
+
+def supports(line: t.Mapping[str, t.Any], level: int, variables: Variables) -> bool:
+    """Return whether a line has the wanted torch, and that torch code for a capability."""
+    has = own_index(variables) or has_torch(line, str(variables.get("pytorch_version") or ""))
+    return has and runs_on(line, level, wheel_version(variables, line))
 
 
 def choose_line(nodes: t.Sequence[tuple[str, Variables, Node]], manifest: Manifest) -> tuple[str, list[Problem]]:
@@ -155,15 +182,25 @@ def line_problems(name: str, host: str, variables: Variables, node: Node, manife
     if name == "cpu" or not cards:
         return []
     problems = []
+    torch = str(variables.get("pytorch_version") or "")
     others = [other for other in cuda_lines(manifest) if other != name]
     for level in sorted({capability(gpu) for gpu in cards}):
-        if runs_on(line, level):
+        if runs_on(line, level, wheel_version(variables, line)):
             continue
         product = next(str(gpu.get("name") or gpu["generation"]) for gpu in cards if capability(gpu) == level)
-        fits = [other for other in others if runs_on(manifest["lines"][other], level)]
-        text = f"{product} (sm_{level}) is not supported by torch for {f'CUDA {name}' if fits else 'any CUDA line'}"
-        problems.append(Problem(host, VARIABLE, text, f"set {VARIABLE}: {fits[0]!r}" if fits else "take the host out of the group"))
-    torch = str(variables.get("pytorch_version") or "")
+        fits = [other for other in others if supports(manifest["lines"][other], level, variables)]
+        what = "torch" if own_index(variables) or not torch else f"torch {torch}"
+        text = f"{product} (sm_{level}) is not supported by {what} for {f'CUDA {name}' if fits else 'any CUDA line'}"
+        # Another torch may have code for it where this one has none.
+        lines = {other: str(manifest["lines"][other].get("torch_first")) for other in [name, *others]}
+        older = [other for other, first in lines.items() if runs_on(manifest["lines"][other], level, first)]
+        if fits:
+            cure = f"set {VARIABLE}: {fits[0]!r}"
+        elif older:
+            cure = f"set {VARIABLE}: {older[0]!r} and a pytorch_version from {lines[older[0]]} on that it has"
+        else:
+            cure = "take the host out of the group"
+        problems.append(Problem(host, VARIABLE, text, cure))
     if not own_index(variables) and not has_torch(line, torch):
         span = f"{line['torch_first']} to {line['torch_last']}" if line["torch_last"] else f"{line['torch_first']} and newer"
         fits = [other for other in others if has_torch(manifest["lines"][other], torch)]

@@ -96,7 +96,13 @@ def test_kernels_that_boot_later_get_their_headers_too(tmp_path, running, images
     [
         (H100, {}, "13.0"),
         (B200, {}, "13.0"),
-        (V100, {}, "12.9"),
+        # torch 2.11 left Volta out of the builds for 12.8 and 12.9.
+        (V100, {}, "12.6"),
+        (V100, {"pytorch_version": ""}, "12.6"),
+        (V100, {"pytorch_version": "2.11.0"}, "12.6"),
+        (V100, {"pytorch_version": "2.10.0"}, "12.9"),
+        (V100, {"pytorch_index_url": "https://own/simple"}, "12.9"),
+        (H100, {"pytorch_version": "2.14.0"}, "13.0"),
         ({"gpus": 1, "device": "0x15f8"}, {}, "12.6"),
         (H100, {"cuda_version": "12.6"}, "12.6"),
         (H100, {"pytorch_version": "2.6.0"}, "12.6"),
@@ -115,7 +121,11 @@ def test_the_newest_line_that_fits_is_taken(tmp_path, machine, variables, line):
     ("machine", "variables", "words"),
     [
         (H100, {"cuda_version": "12.7"}, ["cuda_version is '12.7'", "13.0, 12.9, 12.8, 12.6, cpu", "nearest"]),
-        (V100, {"cuda_version": "13.0"}, ["n1: ", "V100", "sm_70", "not supported", "cuda_version: '12.9'"]),
+        (V100, {"cuda_version": "13.0"}, ["n1: ", "V100", "sm_70", "not supported", "cuda_version: '12.6'"]),
+        (V100, {"cuda_version": "12.9"}, ["V100", "not supported by torch 2.13.0 for CUDA 12.9", "cuda_version: '12.6'"]),
+        (V100, {"cuda_version": "13.0", "pytorch_version": "2.9.0"}, ["cuda_version: '12.9'"]),
+        (B200, {"cuda_version": "12.6", "pytorch_version": "2.6.0"}, ["torch 2.6.0", "cuda_version: '13.0' and a pytorch_version from 2.9.0 on"]),
+        (H100, {"cuda_version": "12.9", "pytorch_version": "2.14.0"}, ["2.8.0 to 2.13.0", "cuda_version: '13.0'"]),
         (B200, {"cuda_version": "12.6"}, ["B200", "sm_100", "cuda_version: '13.0'"]),
         (K80, {}, ["n1: ", "Tesla K80 (sm_37)", "any CUDA line", "take the host out of the group"]),
         ({"gpus": 1, "device": "0x06d1"}, {"cuda_version": "12.6"}, ["Fermi or older (sm_20)", "take the host out of the group"]),
@@ -317,7 +327,7 @@ def test_one_old_gpu_decides_the_line_of_the_whole_cluster(tmp_path):
     new, old = found(tmp_path / "a", H100), found(tmp_path / "b", V100)
     nodes = [(name, host(name, found=each).variables, each) for name, each in (("n1", new), ("n2", old))]
     line, _decisions, problems = nvidia.decide_all(nodes, MANIFEST, {})
-    assert problems == [] and line["name"] == "12.9"
+    assert problems == [] and line["name"] == "12.6"
 
 
 def test_the_plan_carries_line_and_decision(tmp_path):
