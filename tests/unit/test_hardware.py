@@ -119,9 +119,42 @@ def test_nvidia_smi_that_answers_nonsense_adds_nothing(tmp_path):
     assert found["gpus"][0]["nvlinks"] is None
 
 
-@pytest.mark.parametrize("device", [0x2330, 0x2901, 0x20B2, 0x1DB5, 0x26B9, 0x3182, 0x2BB5])
-def test_every_named_product_has_a_generation(device):
-    assert gpu_names.lookup(device).architecture.startswith("sm_")
+def test_every_named_product_has_a_generation():
+    assert all(gpu_names.lookup(device).architecture.startswith("sm_") for device in gpu_names.NAMES)
+    assert list(gpu_names.NAMES) == sorted(gpu_names.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "architecture"),
+    [
+        (0x1380, "", "sm_50"),  # GeForce GTX 750 Ti
+        (0x17FD, "", "sm_52"),  # Tesla M40
+        (0x15C2, "", "sm_60"),  # CMP 100-100, a GP100 outside its block
+        (0x15F7, "Tesla P100 PCIe 12GB", "sm_60"),
+        (0x1B38, "Tesla P40", "sm_61"),
+        (0x1DF6, "Tesla V100S PCIe 32GB", "sm_70"),
+        (0x1EB8, "Tesla T4", "sm_75"),
+        (0x2184, "", "sm_75"),  # GeForce GTX 1660
+        (0x20B7, "A30 PCIe", "sm_80"),
+        (0x2237, "A10G", "sm_86"),
+        (0x25B6, "A2 / A16", "sm_86"),
+        (0x27B8, "L4", "sm_89"),
+        (0x2329, "H20", "sm_90"),
+        (0x23F0, "", "sm_90"),  # a GH100 above its usual block
+        (0x2348, "GH200 144GB HBM3e", "sm_90"),
+        (0x2941, "GB200", "sm_100"),
+        (0x29BC, "B100", "sm_100"),
+        (0x2BB4, "RTX PRO 6000 Blackwell Max-Q Workstation Edition", "sm_120"),
+        (0x2D04, "", "sm_120"),  # GeForce RTX 5060 Ti
+        (0x2E12, "GB10", "sm_121"),
+        (0x2F04, "", "sm_120"),  # GeForce RTX 5070
+        (0x31C3, "GB300", "sm_103"),
+        (0x3021, "", ""),  # GR100
+    ],
+)
+def test_which_product_a_device_id_means(device, name, architecture):
+    found = gpu_names.lookup(device)
+    assert (found.name, found.architecture) == (f"NVIDIA {name}" if name else "", architecture)
 
 
 def test_unknown_products_of_a_known_chip_tell_their_generation():
