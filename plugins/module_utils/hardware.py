@@ -13,11 +13,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-import shutil
-import subprocess
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, host_settings
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, host_settings, nvidia_smi
 from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
 NVIDIA = "0x10de"
@@ -28,20 +26,9 @@ NVSWITCH_CLASS = "0x0680"
 SWITCH_MANAGEMENT = b"SW_MNG"
 # Drivers of adapters that carry no cable of their own.
 VIRTUAL_DRIVERS = frozenset({"virtio_net", "veth", "vmxnet3", "xen_netfront", "hv_netvsc", "tun"})
-NVIDIA_SMI_SECONDS = 20
+# Drivers that keep a device for virtual machines.
+KEPT_FOR_GUESTS = ("vfio-pci", "pci-stub", "xen-pciback")
 Run = t.Callable[[t.Sequence[str]], str]
-
-
-def nvidia_smi(words: t.Sequence[str]) -> str:
-    """Return what nvidia-smi prints, an empty text where it is missing, fails or hangs."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return ""
-    try:
-        answer = subprocess.run([program, *words], capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout if answer.returncode == 0 else ""
 
 
 def pci_devices(root: str = "/") -> list[dict[str, str]]:
@@ -101,6 +88,14 @@ def parse_query(text: str) -> dict[str, dict[str, t.Any]]:
 
 
 QUERY = ("--query-gpu=pci.bus_id,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+# Asked by itself, since drivers that do not know it answer nothing at all.
+QUERY_MIG = ("--query-gpu=pci.bus_id,mig.mode.current", "--format=csv,noheader")
+
+
+def parse_mig(text: str) -> dict[str, bool]:
+    """Return whether a GPU is cut into instances (MIG), by PCI address; those that cannot be are left out."""
+    pairs = [[word.strip() for word in line.split(",")] for line in text.splitlines()]
+    return {short_address(pair[0]): pair[1] == "Enabled" for pair in pairs if len(pair) == 2 and pair[1] in ("Enabled", "Disabled")}
 
 
 def short_address(address: str) -> str:
@@ -133,8 +128,8 @@ def parse_fabric(text: str) -> str:
     return next((state for state in told if state != "Completed"), told[0] if told else "")
 
 
-def gpus(root: str, devices: t.Sequence[t.Mapping[str, str]], run: Run) -> list[dict[str, t.Any]]:
-    """Return all GPUs of the machine, by PCI address, as documented in docs/nvidia.md."""
+def gpus(root: str, devices: t.Sequence[t.Mapping[str, str]]) -> list[dict[str, t.Any]]:
+    """Return all GPUs of the machine, by PCI address, as documented in docs/nvidia.md, before nvidia-smi is asked."""
     found = []
     for entry in devices:
         if entry["vendor"] != NVIDIA or entry["class"][:6] not in GPU_CLASSES:
@@ -153,19 +148,37 @@ def gpus(root: str, devices: t.Sequence[t.Mapping[str, str]], run: Run) -> list[
                 "minor": number(told.get("Device Minor", "")),
                 "nvlinks": None,
                 "memory_bytes": None,
+                "mig": None,
+                "bound": bound_driver(entry["folder"]),
+                "excluded": told.get("GPU Excluded", "").lower() == "yes",
+                "answers": None,
                 **pcie_link(entry["folder"]),
             }
         )
-    if not any(gpu["minor"] is not None for gpu in found):
-        return found
-    asked = parse_query(run(QUERY))
-    links = parse_nvlinks(run(("nvlink", "--status"))) if asked else {}
-    for gpu in found:
+    return found
+
+
+def ask(found: t.Sequence[dict[str, t.Any]], run: Run) -> None:
+    """Add to the GPUs that a driver runs what nvidia-smi says of them, and whether it says anything."""
+    driven = [gpu for gpu in found if gpu["minor"] is not None]
+    asked = parse_query(run(QUERY)) if driven else {}
+    if not asked:
+        return
+    links = parse_nvlinks(run(("nvlink", "--status")))
+    cut = parse_mig(run(QUERY_MIG))
+    for gpu in driven:
         answer = asked.get(gpu["pci"])
+        gpu["answers"] = bool(answer)
         if answer:
             gpu.update({key: value for key, value in answer.items() if value})
             gpu["nvlinks"] = links.get(gpu["uuid"], 0)
-    return found
+            gpu["mig"] = cut.get(gpu["pci"])
+
+
+def bound_driver(folder: str) -> str:
+    """Return the kernel's driver of a PCI device, empty where it has none: ``vfio-pci`` keeps one for virtual machines."""
+    path = os.path.join(folder, "driver")
+    return os.path.basename(os.path.realpath(path)) if os.path.exists(path) else ""
 
 
 def usable(root: str, found: t.Sequence[dict[str, t.Any]]) -> list[dict[str, t.Any]]:
@@ -175,8 +188,9 @@ def usable(root: str, found: t.Sequence[dict[str, t.Any]]) -> list[dict[str, t.A
     some. Without a driver a machine will have all of them, and a container none.
     """
     if any(gpu["minor"] is not None for gpu in found):
-        return [gpu for gpu in found if gpu["minor"] is not None and os.path.exists(os.path.join(root, f"dev/nvidia{gpu['minor']}"))]
-    return [] if in_container(root) else list(found)
+        driven = [gpu for gpu in found if gpu["minor"] is not None and not gpu["excluded"]]
+        return [gpu for gpu in driven if os.path.exists(os.path.join(root, f"dev/nvidia{gpu['minor']}"))]
+    return [] if in_container(root) else [gpu for gpu in found if gpu["bound"] not in KEPT_FOR_GUESTS]
 
 
 def in_container(root: str) -> bool:
@@ -351,16 +365,24 @@ def collect(root: str = "/", run: Run | None = None) -> dict[str, t.Any]:
         root: folder that stands for ``/``.
         run: calls nvidia-smi with arguments; default: the real one for ``/``, none for another root.
     """
-    ask = run or (nvidia_smi if root == "/" else lambda _words: "")
+    smi = run or (nvidia_smi.NvidiaSmi() if root == "/" else lambda _words: "")
     devices = pci_devices(root)
-    cards = gpus(root, devices, ask)
-    joined = fabric(root, devices, ask)
+    cards = gpus(root, devices)
+    ask(cards, smi)
+    joined = fabric(root, devices, smi)
+    problem = getattr(smi, "problem", "")
+    if any(gpu["answers"] for gpu in cards) and not getattr(smi, "hangs", False):
+        problem = ""  # of the GPUs it told; not all have links that it could tell of
+    state = driver(root)
+    # Libraries may lie where they are not looked for.
+    state["mismatch"] = state["mismatch"] or "version mismatch" in problem
+    state["nvidia_smi"] = problem
     return {
         "gpus": cards,
         "usable_gpus": usable(root, cards),
         "nvswitches": joined["nvswitches"],
         "nics": nics(root, cards),
-        "driver": driver(root),
+        "driver": state,
         "fabric": joined,
         "settings": host_settings.collect(root),
     }

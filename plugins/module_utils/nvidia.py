@@ -16,6 +16,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     host_settings,
     nccl_settings,
     nvidia_driver,
+    nvidia_gpu_problems,
     nvidia_sources,
     pytorch_plan,
     torch_fit,
@@ -26,6 +27,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     Node,
     Variables,
     capability,
+    chosen_gpus,
     cuda_lines,
     driver_of,
     gpus_of,
@@ -137,7 +139,12 @@ def existing_problems(host: str, variables: Variables, node: Node, manifest: Man
     build = (node.get("torch_builds") or {}).get(folder) or {}
     driver = str(driver_of(node).get("version") or "") if not manages(variables) else ""
     found = {"torch": version, "cuda": build.get("cuda")}
-    text, _semicolon, cure = torch_fit.problem(found, pytorch_plan.gpus(node), driver, "", oldest_drivers(manifest)).partition("; ")
+    wanted, built = numbers(str(variables.get(VARIABLE) or "")), numbers(str(build.get("cuda") or ""))
+    if manages(variables) and wanted and built[:1] > wanted[:1] and chosen_gpus(variables, node):
+        # The line's driver runs every torch of its major version, and none of a newer one.
+        text = f"{VARIABLE} is {variables[VARIABLE]}, whose driver may be too old for torch {version} in {folder}, built for CUDA {build['cuda']}"
+        return [Problem(host, VARIABLE, text, f"remove {VARIABLE}, or name an environment for CUDA {variables[VARIABLE]}")]
+    text, _semicolon, cure = torch_fit.problem(found, pytorch_plan.gpus(variables, node), driver, "", oldest_drivers(manifest)).partition("; ")
     return [Problem(host, "pytorch_environment", text, cure)] if text else []
 
 
@@ -178,7 +185,7 @@ def distance(wanted: str, name: str) -> float:
 def line_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
     """Return why a host cannot work with a line: GPU, driver of somebody else, or version of torch."""
     line = manifest["lines"][name]
-    cards = gpus_of(node)
+    cards = chosen_gpus(variables, node)
     if name == "cpu" or not cards:
         return []
     problems = []
@@ -198,6 +205,8 @@ def line_problems(name: str, host: str, variables: Variables, node: Node, manife
             cure = f"set {VARIABLE}: {fits[0]!r}"
         elif older:
             cure = f"set {VARIABLE}: {older[0]!r} and a pytorch_version from {lines[older[0]]} on that it has"
+        elif any(capability(gpu) != level for gpu in cards):
+            cure = "name the host's other GPUs in torchrun_devices"
         else:
             cure = "take the host out of the group"
         problems.append(Problem(host, VARIABLE, text, cure))
@@ -258,6 +267,45 @@ def hold_problems(host: str, node: Node, decided: t.Sequence[t.Mapping[str, t.An
     return problems
 
 
+def unfit_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return why torch and driver cannot work on a host; for a line of an empty name what is wrong whatever the line."""
+    if not chosen_gpus(variables, node) or name == "cpu":
+        return []
+    if variables.get("pytorch_source") == "distribution":
+        product = pytorch_plan.gpus(variables, node)[0]["name"]
+        text = f"pytorch_source is distribution, whose torch is built for CPUs, but the node has {product}"
+        return [Problem(host, "pytorch_source", text, "set pytorch_source: wheelhouse, or cuda_version: cpu for a job on CPUs")]
+    # A torch that cannot be changed here is spoken of first: another line would not help it.
+    found = existing_problems(host, variables, node, manifest)
+    if found or not name:
+        return [*found, *driver_problems("", host, variables, node, manifest)]
+    return line_problems(name, host, variables, node, manifest)
+
+
+def asks_for_packages(name: str, variables: Variables) -> bool:
+    """Return whether the toolkit or the library is asked for."""
+    return bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
+
+
+def source_of(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> tuple[dict[str, t.Any], list[Problem]]:
+    """Return where a host's packages come from, and what is wrong with that; nothing where it may need none."""
+    needs_driver = bool(gpus_of(node)) and name != "cpu" and manages(variables)
+    if not needs_driver and not asks_for_packages(name, variables):
+        return {}, []
+    return nvidia_sources.repository(host, variables, node, manifest)
+
+
+def sure_problems(near: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return what is wrong with a host whatever the line, for a cluster whose line is not known; ``near`` stands for it."""
+    _source, missing = source_of(near, host, variables, node, manifest)
+    return [
+        *nvidia_sources.mirror_problems(host, variables),
+        *unfit_problems("", host, variables, node, manifest),
+        *(missing if asks_for_packages(near, variables) or not driver_of(node).get("loaded") else []),
+        *toolkit_problems(host, cuda(near, variables, {}, manifest), node, manifest),
+    ]
+
+
 def decide(
     name: str, host: str, variables: Variables, node: Node, manifest: Manifest, interface: str = ""
 ) -> tuple[dict[str, t.Any], list[Problem]]:
@@ -271,22 +319,26 @@ def decide(
         manifest: what fits together.
         interface: the training interface.
     """
-    # A torch that cannot be changed here is spoken of first: another line would not help it.
-    unfit = existing_problems(host, variables, node, manifest) or line_problems(name, host, variables, node, manifest)
-    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit]
-    needs_driver = bool(gpus_of(node)) and name != "cpu" and manages(variables)
-    asks = bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
-    source, missing = nvidia_sources.repository(host, variables, node, manifest) if needs_driver or asks else ({}, [])
-    nothing: dict[str, t.Any] = {"wanted": False}
-    if problems:
+    unfit = unfit_problems(name, host, variables, node, manifest)
+    source, missing = source_of(name, host, variables, node, manifest)
+    toolkit_set = cuda(name, variables, source, manifest)
+    # What does not depend on the rest is named together with it, so that a person repairs all at once.
+    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit, *toolkit_problems(host, toolkit_set, node, manifest)]
+    asks = asks_for_packages(name, variables)
+    if unfit:
+        problems += missing if asks or not driver_of(node).get("loaded") else []
+        nothing: dict[str, t.Any] = {"wanted": False}
         return {"line": name, "driver": {"action": "none", **nothing}, "cuda": nothing, "nccl": nothing, "advice": []}, problems
     made, advice = nvidia_driver.decide(name, variables, node, source, manifest)
     if made["wanted"] or asks:
         problems += missing
+    # A reboot into another driver may be the very cure of a GPU that does not answer.
+    if name != "cpu" and not made.get("reboot_expected"):
+        problems += nvidia_gpu_problems.problems(host, variables, node)
     decision = {
         "line": name,
         "driver": made,
-        "cuda": cuda(name, variables, source, manifest),
+        "cuda": toolkit_set,
         "nccl": nccl_settings.decide(name, variables, node, interface, source, manifest),
         "advice": [*advice, *host_settings.advice(node.get("hardware") or {}, int(node.get("memory_bytes") or 0)), *interrupted(node)],
     }
@@ -295,7 +347,6 @@ def decide(
     for part, further in (("driver", [*toolkit, *library]), ("cuda", library)):
         if decision[part]["wanted"]:
             decision[part]["settings"]["further"] = further
-    problems += toolkit_problems(host, decision["cuda"], node, manifest)
     problems += hold_problems(host, node, [decision["driver"], decision["cuda"], decision["nccl"]])
     return decision, problems
 
@@ -327,10 +378,14 @@ def decide_all(
         return {}, {}, []
     name, problems = choose_line(readable, manifest)
     decisions = {}
-    if not problems:
-        for host, variables, node in readable:
-            decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
-            problems += found
+    # On a guess nothing is decided.
+    guessed = bool(problems)
+    for host, variables, node in readable:
+        if guessed:
+            problems += sure_problems(name, host, variables, node, manifest)
+            continue
+        decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
+        problems += found
     problems += nccl_problems(readable)
     return {"name": name, **manifest["lines"][name], "oldest_drivers": oldest_drivers(manifest)}, decisions, problems
 

@@ -15,9 +15,9 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     Node,
     Variables,
     capability,
+    chosen_gpus,
     driver_of,
     fabric_of,
-    gpus_of,
     has_rdma,
     manages,
     numbers,
@@ -195,7 +195,7 @@ def installed(
     state = driver_of(node)
     running = state.get("loaded", "")
     fabric = wants_fabric_manager(variables, node)
-    modules = kernel_modules(variables, gpus_of(node))
+    modules = kernel_modules(variables, chosen_gpus(variables, node))
     path, advice = gpudirect(variables, node, modules)
     if state.get("nouveau"):
         advice.append("nouveau is loaded and gives way to NVIDIA's driver with the reboot")
@@ -243,7 +243,7 @@ def decide(
         source: the repository.
         manifest: what fits together.
     """
-    cards = gpus_of(node)
+    cards = chosen_gpus(variables, node)
     state = driver_of(node)
     result: dict[str, t.Any] = {"action": "none", "version": state.get("version", ""), "wanted": False, "reboot": ""}
     if not cards or name == "cpu":

@@ -32,6 +32,17 @@ def gpus_of(node: Node) -> list[dict[str, t.Any]]:
     return list((node.get("hardware") or {}).get("usable_gpus") or [])
 
 
+def chosen_gpus(variables: Variables, node: Node) -> list[dict[str, t.Any]]:
+    """Return the GPUs that the job uses: those that torchrun_devices names by index or UUID, else all usable ones.
+
+    An old card for the monitor, say, decides nothing once it is left out. Entries that name none are the plan's to refuse.
+    """
+    cards = gpus_of(node)
+    names = [entry.strip() for entry in str(variables.get("torchrun_devices") or "").split(",") if entry.strip()]
+    chosen = [gpu for index, gpu in enumerate(cards) if str(index) in names or (gpu.get("uuid") and gpu["uuid"] in names)]
+    return chosen or cards
+
+
 def driver_of(node: Node) -> dict[str, t.Any]:
     """Return the driver's state of a node."""
     return dict((node.get("hardware") or {}).get("driver") or {})

@@ -12,6 +12,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
+from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import chosen_gpus
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 
@@ -110,7 +111,8 @@ def environment(
         "lock": lock.path,
         "lock_sha256": lock.digest,
         "platform": platform,
-        "gpus": gpus(node),
+        "gpus": gpus(variables, node),
+        "devices": ",".join(entry.strip() for entry in str(variables.get("torchrun_devices") or "").split(",") if entry.strip()),
         "oldest_drivers": dict(line.get("oldest_drivers") or {}),
         # Only wheels that were chosen by the line must be the line's.
         "cuda": str(line.get("name") or "") if source in ("wheelhouse", "index") and not variables.get("pytorch_index_url") else "",
@@ -130,9 +132,9 @@ def environment(
     return {**result, "environment": folder, "python": python, "executable": f"{folder}/bin/python3", "requirements": requirements}
 
 
-def gpus(node: t.Mapping[str, t.Any]) -> list[dict[str, str]]:
-    """Return name and architecture of each kind of GPU that a node may use."""
+def gpus(variables: t.Mapping[str, t.Any], node: t.Mapping[str, t.Any]) -> list[dict[str, str]]:
+    """Return name and architecture of each kind of GPU that the job uses on a node."""
     kinds = {}
-    for gpu in (node.get("hardware") or {}).get("usable_gpus") or []:
+    for gpu in chosen_gpus(variables, node):
         kinds[str(gpu.get("architecture") or "")] = str(gpu.get("name") or gpu.get("generation") or "GPU")
     return [{"name": name, "architecture": architecture} for architecture, name in sorted(kinds.items())]

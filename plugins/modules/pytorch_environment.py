@@ -66,6 +66,10 @@ options:
     type: list
     elements: dict
     default: []
+  devices:
+    description: The GPUs that the job uses, as nvidia-smi counts them, with commas between. Empty for all.
+    type: str
+    default: ""
   cuda:
     description: CUDA version that torch must be built for. Empty for any.
     type: str
@@ -137,10 +141,12 @@ import shutil
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, node_facts, node_lock, torch_fit
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, launch, node_facts, node_lock, torch_fit
 
 # Time that what a killed run has left behind may take to end, in seconds.
 WAIT = 600
+# Time for the small computation: a first use of eight GPUs takes a minute, and one that hangs takes for ever.
+COMPUTE_SECONDS = 300
 
 # Importing it proves that the installation works, and leaves the byte code that the job's user cannot write.
 PROBE = """
@@ -193,7 +199,12 @@ def check_fit(module: AnsibleModule, versions: dict[str, t.Any], python: str, co
     # Without a running driver there is nothing to compute with; the role nvidia_driver tells of a pending reboot.
     if not compute or not driver or not params["gpus"]:
         return
-    returncode, _stdout, stderr = module.run_command([python, "-c", COMPUTE])
+    shown = launch.visible_devices(params["devices"])
+    command = ["timeout", "--kill-after=10", str(COMPUTE_SECONDS), python, "-c", COMPUTE]
+    returncode, _stdout, stderr = module.run_command(command, environ_update=shown)
+    if returncode in (124, 137):
+        text = f"torch {versions['torch']} has computed nothing on this node's GPUs within {COMPUTE_SECONDS} s"
+        module.fail_json(msg=f"{text}; look at nvidia-smi and dmesg")
     if returncode != 0:
         reason = stderr.strip().splitlines()[-1] if stderr.strip() else f"exit status {returncode}"
         module.fail_json(msg=f"torch {versions['torch']} cannot compute on this node's GPUs ({reason}); look at nvidia-smi and dmesg")
@@ -340,6 +351,7 @@ def main() -> None:
             "constraints": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str", "default": ""},
             "gpus": {"type": "list", "elements": "dict", "default": []},
+            "devices": {"type": "str", "default": ""},
             "cuda": {"type": "str", "default": ""},
             "oldest_drivers": {"type": "dict", "default": {}},
             "wheelhouse": {"type": "path", "default": "~/.cache/onprem.torch/wheelhouse"},

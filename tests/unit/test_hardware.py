@@ -6,7 +6,7 @@ import time
 
 import hardware_trees as trees
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, hardware
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, hardware, nvidia_smi
 
 
 def test_a_recorded_h100(tmp_path):
@@ -25,6 +25,14 @@ def test_a_recorded_h100(tmp_path):
     assert found["fabric"]["required"] is False
     (nic,) = found["nics"]
     assert (nic["interface"], nic["driver"], nic["virtual"], nic["speed_mbits"]) == ("eth0", "virtio_net", True, None)
+
+
+def test_a_recorded_h200_tells_that_it_is_whole_and_who_drives_it(tmp_path):
+    found = hardware.collect(str(tmp_path), trees.recorded(tmp_path, "h200_1x_recorded"))
+    (gpu,) = found["gpus"]
+    assert (gpu["name"], gpu["architecture"], gpu["memory_bytes"]) == ("NVIDIA H200", "sm_90", 143771 * 1024**2)
+    assert (gpu["mig"], gpu["bound"], gpu["answers"], gpu["excluded"]) == (False, "nvidia", True, False)
+    assert found["usable_gpus"] == [gpu] and found["driver"]["nvidia_smi"] == ""
 
 
 @pytest.mark.parametrize(
@@ -82,6 +90,7 @@ def test_no_gpu_is_a_clean_answer(tmp_path):
         "nouveau": False,
         "peermem": False,
         "peer_memory": False,
+        "nvidia_smi": "",
     }
 
 
@@ -178,6 +187,88 @@ def test_this_machine_answers_quickly():
         hardware.collect()
         times.append(time.process_time() - before)
     assert min(times) < 0.02 or hardware.collect()["gpus"]
+
+
+def bus(index):
+    return f"00000000:{0x10 * (index + 1) + 3:02X}:00.0"
+
+
+def smi(*indices, cut=()):
+    """Return an nvidia-smi that lists some GPUs of a built machine, of which some are cut into instances."""
+    lists = "".join(f"{bus(index)}, NVIDIA H100 80GB HBM3, 81559, 9.0\n" for index in indices)
+    modes = "".join(f"{bus(index)}, {'Enabled' if index in cut else 'Disabled'}\n" for index in indices)
+    return lambda words: lists if words == hardware.QUERY else modes if words == hardware.QUERY_MIG else ""
+
+
+def test_gpus_that_nvidia_smi_leaves_out_or_that_are_cut_are_told(tmp_path):
+    found = hardware.collect(str(trees.machine(tmp_path, gpus=4, driver="580.95.05")), smi(0, 1, 3, cut=[3]))
+    assert [gpu["answers"] for gpu in found["gpus"]] == [True, True, False, True]
+    assert [gpu["mig"] for gpu in found["gpus"]] == [False, False, None, True]
+
+
+def test_gpus_that_cannot_be_cut_tell_nothing_of_it():
+    assert hardware.parse_mig("00000000:01:00.0, [N/A]\nField \"mig.mode.current\" is not a valid field to query.\n") == {}
+
+
+def test_an_excluded_gpu_is_of_no_use(tmp_path):
+    trees.machine(tmp_path, gpus=2, driver="580.95.05")
+    path = tmp_path / "proc/driver/nvidia/gpus/0000:13:00.0/information"
+    path.write_text(path.read_text() + "GPU Excluded:\t Yes\n")
+    found = hardware.collect(str(tmp_path))
+    assert [gpu["pci"] for gpu in found["usable_gpus"]] == ["0000:23:00.0"]
+
+
+def test_a_bare_node_does_not_use_what_it_keeps_for_virtual_machines(tmp_path):
+    trees.machine(tmp_path, gpus=2)
+    (tmp_path / "sys/bus/pci/drivers/vfio-pci").mkdir(parents=True)
+    trees.link(tmp_path, "sys/bus/pci/devices/0000:13:00.0/driver", str(tmp_path / "sys/bus/pci/drivers/vfio-pci"))
+    assert [gpu["pci"] for gpu in hardware.collect(str(tmp_path))["usable_gpus"]] == ["0000:23:00.0"]
+
+
+def program(tmp_path, script):
+    path = tmp_path / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return nvidia_smi.NvidiaSmi(str(path), seconds=0.5)
+
+
+def test_nvidia_smi_that_hangs_is_given_up_once_and_for_all(tmp_path):
+    # A shell that waits for a child which keeps the pipes open is not over when it is killed, as with a dead GPU.
+    asked = program(tmp_path, "sleep 30 & wait")
+    before = time.monotonic()
+    assert asked(["-q"]) == asked(["-q"]) == ""
+    assert time.monotonic() - before < 5
+    assert asked.hangs and asked.problem == "does not answer within 0.5 s"
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("echo Unable to determine the device handle for GPU0000:66:00.0: Unknown Error; exit 255",
+         "fails (Unable to determine the device handle for GPU0000:66:00.0: Unknown Error)"),
+        ("exit 9", "fails (exit status 9)"),
+        ("echo fine", ""),
+    ],
+)
+def test_why_nvidia_smi_does_not_answer(tmp_path, script, problem):
+    asked = program(tmp_path, script)
+    assert asked(["-q"]) == ("" if problem else "fine\n")
+    assert asked.problem == problem and not asked.hangs
+
+
+def test_no_nvidia_smi_is_no_problem():
+    asked = nvidia_smi.NvidiaSmi("")
+    assert asked(["-q"]) == asked.problem == ""
+    assert nvidia_smi.NvidiaSmi("/no/such/program").problem == ""
+
+
+def test_what_nvidia_smi_says_of_itself_is_the_drivers_state(tmp_path):
+    trees.machine(tmp_path, gpus=1, driver="580.95.05")
+    broken = program(tmp_path, "echo Failed to initialize NVML: Driver/library version mismatch; exit 18")
+    state = hardware.collect(str(tmp_path), broken)["driver"]
+    assert state["mismatch"] and "version mismatch" in state["nvidia_smi"]
+    odd = program(tmp_path, f'case "$1" in --query-gpu=*compute_cap) echo "{bus(0)}, NVIDIA H100, 81559, 9.0";; *) exit 3;; esac')
+    assert hardware.collect(str(tmp_path), odd)["driver"]["nvidia_smi"] == "", "no links to tell of"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,11 @@ ROLES = pathlib.Path(__file__).parents[2] / "roles"
 JOB = {"root": "/var/lib/torchrun/train", "release": "abc", "checkpoint_dir": "/ckpt", "shm_free_mib": 64, "disk_free_mib": 1024}
 
 
+def test_devices_are_counted_as_nvidia_smi_counts_them():
+    assert launch.visible_devices("1,2") == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1,2"}
+    assert launch.visible_devices("") == {}
+
+
 def node(gpus=0, devices=None):
     return {"hardware": {"usable_gpus": [{}] * gpus}, "devices": devices}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hardware_trees as trees
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import hardware, nvidia
+from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, hardware, nvidia, nvidia_facts, pytorch_plan
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from builders import MANIFEST, RELEASE, host, node
 
@@ -145,6 +145,115 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, machine, variable
     assert len(problems) == 1, problems
     assert all(word in problems[0] for word in words), problems[0]
     assert problems[0].count("\n") == 0 and problems[0].endswith(".")
+
+
+def test_all_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
+    findings = found(tmp_path, B200)
+    findings["disk"]["/usr/local"] = 1024**3
+    variables = {"nvidia_driver_version": "520.61.05", "nvidia_driver_kernel_modules": "proprietary", "cluster_mirror": "mirror"}
+    variables.update(cuda_version="12.9", cuda_toolkit=True, cuda_repository_key_fingerprint="abc")
+    problems = decide(findings, **variables)[2]
+    words = ["cluster_mirror", "CUDA 12.9 needs 575.51.03", "Blackwell GPUs need the branch 570", "open modules only", "1.0 GiB free", "40 hexadecimal"]
+    assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
+
+
+def test_beside_an_unknown_line_all_that_is_wrong_anyway_is_said(tmp_path):
+    findings = found(tmp_path, B200)
+    findings["disk"]["/usr/local"] = 1024**3
+    variables = {"nvidia_driver_kernel_modules": "proprietary", "cuda_toolkit": True, "cuda_repository_key_fingerprint": "abc"}
+    problems = decide(findings, cuda_version="12.7", **variables)[2]
+    words = ["'12.7'", "open modules only", "1.0 GiB free", "40 hexadecimal"]
+    assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
+
+
+def test_grace_hopper_has_open_modules_only(tmp_path):
+    findings = found(tmp_path, {"gpus": 1, "device": "0x2342"})
+    assert decide(findings)[1]["driver"]["kernel_modules"] == "open"
+    (problem,) = decide(findings, nvidia_driver_kernel_modules="proprietary")[2]
+    assert "Grace Hopper works with the open modules only" in problem
+
+
+def with_old_card(folder, **changes):
+    """Return a node whose first card is a Kepler for the monitor, beside four L40S."""
+    findings = found(folder, {**L40S, **changes})
+    card = {**findings["hardware"]["usable_gpus"][0], **dict(zip(("name", "generation", "architecture"), gpu_names.lookup(0x102D)))}
+    findings["hardware"]["usable_gpus"][0] = card
+    return findings
+
+
+def test_a_card_that_the_job_leaves_out_decides_nothing(tmp_path):
+    findings = with_old_card(tmp_path)
+    (problem,) = decide(findings)[2]
+    assert "Tesla K80 (sm_37)" in problem and problem.endswith("name the host's other GPUs in torchrun_devices.")
+    line, decision, problems = decide(findings, torchrun_devices="1, 2,3")
+    assert problems == [] and line["name"] == "13.0" and decision["driver"]["kernel_modules"] == "open"
+    torch = pytorch_plan.environment(host("n1", found=findings, torchrun_devices="1, 2,3").variables, findings, line)
+    assert [gpu["architecture"] for gpu in torch["gpus"]] == ["sm_89"] and torch["devices"] == "1,2,3"
+
+
+def test_devices_by_uuid_are_found(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "580.105.08"})
+    cards = nvidia_facts.chosen_gpus({"torchrun_devices": "GPU-00000002,0"}, findings)
+    assert [gpu["minor"] for gpu in cards] == [0, 2]
+
+
+def broken(folder, **changes):
+    findings = found(folder, {**L40S, "driver": "580.105.08"})
+    findings["hardware"]["usable_gpus"][1].update(changes)
+    return findings
+
+
+LOOK = "look for NVRM and Xid in dmesg, reset the GPU or reboot the node"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"answers": False}, f"the GPU 0000:23:00.0 (NVIDIA GPU) is missing in nvidia-smi; {LOOK}, or leave it out with torchrun_devices."),
+        (
+            {"mig": True},
+            "the GPU 0000:23:00.0 (NVIDIA GPU) is cut into instances (MIG), but each process of a job needs a whole GPU; "
+            "switch MIG off (nvidia-smi -i 0000:23:00.0 -mig 0), or leave it out with torchrun_devices.",
+        ),
+    ],
+)
+def test_a_gpu_that_a_job_cannot_work_with_is_named_unless_it_is_left_out(tmp_path, change, sentence):
+    findings = broken(tmp_path, **change)
+    assert decide(findings)[2] == [f"n1: {sentence}"] == decide(findings, nvidia_driver_manage=False)[2]
+    assert decide(findings, torchrun_devices="0,2,3")[2] == []
+    # The driver that is installed with a reboot may be the cure.
+    assert decide(findings, nvidia_driver_version="580.159.04")[2] == []
+    assert decide(findings, cuda_version="cpu")[2] == []
+
+
+@pytest.mark.parametrize("text", ["does not answer within 60 s", "fails (No devices were found)"])
+def test_nvidia_smi_that_hangs_or_fails_is_named(tmp_path, text):
+    findings = found(tmp_path, {**L40S, "driver": "580.105.08"})
+    findings["hardware"]["driver"]["nvidia_smi"] = text
+    assert decide(findings)[2] == [f"n1: nvidia-smi {text}, so that a job would hang or fail; {LOOK}."]
+    findings["hardware"]["driver"]["mismatch"] = True
+    assert decide(findings)[2] == [], "the driver is installed anew"
+
+
+def test_a_gpu_that_the_driver_does_not_run_is_named(tmp_path):
+    made = {**L40S, "driver": "580.105.08"}
+    trees.machine(tmp_path, **made)
+    (tmp_path / "proc/driver/nvidia/gpus/0000:33:00.0/information").unlink()
+    findings = node(distribution=DEBIAN, architecture="x86_64", kernel="6.1.0-30-amd64", hardware=hardware.collect(str(tmp_path)))
+    assert len(findings["hardware"]["usable_gpus"]) == 3
+    assert decide(findings)[2] == [
+        f"n1: the driver 580.105.08 does not run the GPU 0000:33:00.0 (NVIDIA L40S); {LOOK}, or name the other GPUs in torchrun_devices."
+    ]
+    assert decide(findings, torchrun_devices="0,1,2")[2] == []
+    for changes in ({"settings": {"container": True}}, {"gpus": [{**gpu, "bound": "vfio-pci"} for gpu in findings["hardware"]["gpus"]]}):
+        other = {**findings, "hardware": {**findings["hardware"], **changes}}
+        assert decide(other)[2] == [], "a container has some of its host's, and virtual machines have theirs"
+
+
+def test_the_distributions_torch_is_refused_where_gpus_are(tmp_path):
+    (problem,) = decide(found(tmp_path / "a", H100), pytorch_source="distribution")[2]
+    assert "pytorch_source is distribution, whose torch is built for CPUs, but the node has NVIDIA H100" in problem
+    assert decide(found(tmp_path / "b", {}), pytorch_source="distribution")[2] == []
 
 
 @pytest.mark.parametrize(
@@ -474,6 +583,16 @@ def existing(tmp_path, cuda, **changes):
 def test_an_existing_environment_decides_the_line(tmp_path):
     line, _decision, problems = existing(tmp_path, "12.8")
     assert problems == [] and line["name"] == "12.8"
+
+
+def test_an_existing_environment_newer_than_the_wanted_lines_driver_is_named(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "575.57.08"})
+    findings.update(torch={"/env": "2.9.0"}, torch_builds={"/env": {"cuda": "13.0", "nccl": ""}})
+    variables = {"pytorch_source": "existing", "pytorch_environment": "/env"}
+    (problem,) = decide(findings, cuda_version="12.9", **variables)[2]
+    assert "cuda_version is 12.9, whose driver may be too old for torch 2.9.0 in /env, built for CUDA 13.0" in problem
+    line, decision, problems = decide(findings, **variables)
+    assert problems == [] and line["name"] == "13.0" and decision["driver"]["action"] == "install"
 
 
 @pytest.mark.parametrize(("cuda", "words"), [("13.0", "driver"), ("", "build for CPUs")])
