@@ -71,15 +71,27 @@ def clock(host: Host) -> list[Problem]:
     return [Problem(host.name, "", text, "synchronise it (systemd-timesyncd or chrony)")]
 
 
-def disk(host: Host) -> list[Problem]:
-    """There is room for torch where it is still to be installed."""
+def disk(host: Host, torch: t.Mapping[str, t.Any]) -> list[Problem]:
+    """There is room for the environment that is still to be built.
+
+    Args:
+        host: the host.
+        torch: which environment it gets (pytorch_plan.environment).
+    """
     root = host.variables.get("pytorch_root") or ""
-    free = host.node["disk"].get(root)
-    installs = host.variables.get("pytorch_source") in ("wheelhouse", "index")
-    if free is None or not installs or any(host.node["torch"].values()):
+    free = (host.node.get("disk") or {}).get(root)
+    there = {path.rstrip("/"): version for path, version in (host.node.get("torch") or {}).items() if version}
+    if free is None or torch["source"] not in ("wheelhouse", "index") or torch["environment"] in there:
         return []
-    gpus = (host.node.get("hardware") or {}).get("usable_gpus")
-    needed = CUDA_TORCH_BYTES if gpus else CPU_TORCH_BYTES
+    # Wheels and cache of the same torch are there already, and the environments share its files.
+    builds = host.node.get("torch_builds") or {}
+    same = any(
+        version.split("+", maxsplit=1)[0] == torch["version"].split("+", maxsplit=1)[0]
+        and (not torch["gpus"] or torch["cuda"] in ("", (builds.get(path) or builds.get(f"{path}/") or {}).get("cuda")))
+        for path, version in there.items()
+        if path.startswith(f"{root}/")
+    )
+    needed = CUDA_TORCH_BYTES if torch["gpus"] and not same else CPU_TORCH_BYTES
     if free >= needed:
         return []
     text = f"{root} has {free / GIB:.1f} GiB free, but {needed / GIB:.0f} GiB are needed for torch"
@@ -112,7 +124,11 @@ def devices(host: Host) -> list[Problem]:
         return [Problem(host.name, variable, text, "remove it for a job on CPUs")]
     problems = []
     uuids = {str(gpu.get("uuid") or "") for gpu in gpus}
+    # Only a driver tells UUIDs, so on a bare node those that are named cannot be checked yet.
+    bare = not any(uuids)
     for name in names:
+        if bare and name.startswith("GPU-"):
+            continue
         if name not in uuids and not (name.isdigit() and int(name) < len(gpus)):
             text = f"{variable} names GPU {name}, but the node's GPUs are 0 to {len(gpus) - 1}"
             problems.append(Problem(host.name, variable, text, "name GPUs that nvidia-smi lists"))
@@ -221,7 +237,9 @@ def mixed_hardware(hosts: t.Sequence[Host]) -> list[Problem]:
     """Either every node has GPUs or none, unless nothing asks for them."""
     without = [host.name for host in hosts if not (host.node.get("hardware") or {}).get("usable_gpus")]
     line = str(hosts[0].variables.get("cuda_version") or "")
-    if without and line and line != "cpu":
+    if line == "cpu":
+        return []
+    if without and line:
         text = f"cuda_version is {line!r}, but the node has no NVIDIA GPU"
         cure = "set cuda_version: cpu for a job on CPUs, or take the host out of the group"
         return [Problem(name, "cuda_version", text, cure) for name in without]
@@ -236,7 +254,7 @@ def check_all(hosts: t.Sequence[Host], chosen: t.Mapping[str, Endpoint], job: st
     problems: list[Problem] = []
     readable = [host for host in hosts if host.node]
     for host in readable:
-        for check in (supported, python, clock, disk, paths, devices):
+        for check in (supported, python, clock, paths, devices):
             problems += check(host)
         problems += other_jobs(host, job)
     if readable:

@@ -12,7 +12,7 @@ import hashlib
 import ipaddress
 import json
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ansible_collections.onprem.torch.plugins.module_utils import (
     firewall_checks,
@@ -163,6 +163,13 @@ def process_count(host: Host) -> tuple[int, list[Problem]]:
     return count, []
 
 
+def without_gpus(host: Host) -> Host:
+    """Return a host as a job on CPUs finds it: its GPUs are there, and none is used."""
+    if not host.node.get("hardware"):
+        return host
+    return replace(host, node={**host.node, "hardware": {**host.node["hardware"], "usable_gpus": []}})
+
+
 def devices_of(host: Host) -> list[str]:
     """Return the entries of ``torchrun_devices`` of a host."""
     return [entry.strip() for entry in str(host.variables.get("torchrun_devices") or "").split(",") if entry.strip()]
@@ -190,6 +197,8 @@ def make(
     """
     problems = list(release.problems)
     first = hosts[0].variables
+    if first.get(nvidia.VARIABLE) == "cpu":
+        hosts = [without_gpus(host) for host in hosts]
     problems += agreeing(hosts)
     problems += pytorch_plan.lock_problems(first, lock)
     rank_of, found = ranks.assign({host.name: host.variables.get("torchrun_node_rank") for host in hosts})
@@ -231,6 +240,7 @@ def make(
         problems += found
         end = chosen.get(name, network.Endpoint("", ""))
         torch = pytorch_plan.environment(host.variables, host.node, line, lock)
+        problems += node_checks.disk(host, torch)
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import json
 
+import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
-from builders import RELEASE, gpu, host, interface, node
+from builders import GIB, MANIFEST, RELEASE, gpu, host, interface, node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,3 +168,49 @@ def test_processes_follow_gpus_then_devices():
     assert count(8, torchrun_devices="2,3") == 2
     assert count(8, torchrun_nproc_per_node="4") == 4
     assert count(0, torchrun_nproc_per_node="4") == 4
+
+
+def test_a_job_on_cpus_uses_no_gpu_of_any_node():
+    hosts = [host("n1", 1, node(1, 8), cuda_version="cpu"), host("n2", 2, node(2), cuda_version="cpu")]
+    plan, problems = planning.make("train", hosts, RELEASE, MANIFEST)
+    assert [problem.sentence() for problem in problems] == []
+    assert plan["cuda_version"] == "cpu" and plan["job"]["world_size"] == 2
+    assert [entry["pytorch"]["gpus"] for entry in plan["nodes"].values()] == [[], []]
+    assert not any(word.startswith("gpus=") for word in plan["nodes"]["n1"]["supervisor_command"])
+    assert len(plan["nodes"]["n1"]["hardware"]["gpus"]) == 8 and len(hosts[0].node["hardware"]["usable_gpus"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("gib", "gpus", "torch", "builds", "words"),
+    [
+        (13, 8, {}, {}, "n1: /opt/onprem.torch has 13.0 GiB free, but 14 GiB are needed for torch"),
+        (15, 8, {}, {}, ""),
+        (1, 0, {}, {}, "1.0 GiB free, but 2 GiB are needed"),
+        # An older torch beside it takes nothing off what a new one needs.
+        (13, 8, {"/opt/onprem.torch/environments/old/": "2.11.0+cu130"}, {"/opt/onprem.torch/environments/old/": {"cuda": "13.0"}}, "14 GiB"),
+        # The same one for another CUDA neither.
+        (13, 8, {"/opt/onprem.torch/environments/old/": "2.13.0+cu129"}, {"/opt/onprem.torch/environments/old/": {"cuda": "12.9"}}, "14 GiB"),
+        # The same one shares its files with the new environment.
+        (13, 8, {"/opt/onprem.torch/environments/old/": "2.13.0+cu130"}, {"/opt/onprem.torch/environments/old/": {"cuda": "13.0"}}, ""),
+        # Somebody else's does not.
+        (13, 8, {"/srv/env": "2.13.0+cu130"}, {"/srv/env": {"cuda": "13.0"}}, "14 GiB"),
+        (1, 8, {"{environment}/": "2.13.0+cu130"}, {"{environment}/": {"cuda": "13.0"}}, ""),
+    ],
+)
+def test_room_for_the_environment_that_is_to_be_built(gib, gpus, torch, builds, words):
+    each = host("n1", 1, node(1, gpus))
+    each.node["hardware"]["driver"] = {"loaded": "580.105.08", "version": "580.105.08"}
+    folder = planning.make("train", [each], RELEASE, MANIFEST)[0]["nodes"]["n1"]["pytorch"]["environment"]
+    each.node["torch"] = {path.format(environment=folder): version for path, version in torch.items()}
+    each.node["torch_builds"] = {path.format(environment=folder): build for path, build in builds.items()}
+    each.node["disk"]["/opt/onprem.torch"] = gib * GIB
+    problems = [problem.sentence() for problem in planning.make("train", [each], RELEASE, MANIFEST)[1]]
+    assert len(problems) == bool(words) and all(words in problem for problem in problems), problems
+
+
+def test_a_bare_node_cannot_tell_whose_uuid_is_named():
+    each = host("n1", 1, node(1, 2), torchrun_devices="GPU-8932f937-d72c-4106-c12f-20bd9faed9f6")
+    assert any("names GPU GPU-8932f937" in problem.text for problem in planning.make("train", [each], RELEASE, MANIFEST)[1])
+    for gpu_found in each.node["hardware"]["usable_gpus"]:
+        gpu_found["uuid"] = ""
+    assert planning.make("train", [each], RELEASE, MANIFEST)[1] == []
