@@ -26,6 +26,10 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
 
 NOUVEAU = "/etc/modprobe.d/onprem-torch-nouveau.conf"
 PEERMEM = "/etc/modules-load.d/onprem-torch-peermem.conf"
+# With NVLink 5 the fabric manager and nvlsm reach the switches by management datagrams of InfiniBand, through /dev/infiniband/umad*
+# (NVIDIA Fabric Manager User Guide); nothing else loads that module.
+NVLINK5 = "/etc/modules-load.d/onprem-torch-nvlink.conf"
+NVLINK5_MODULE = "ib_umad"
 DEVICES_UNIT = "onprem-torch-gpu-devices.service"
 PERSISTENCE_UNIT = "nvidia-persistenced.service"
 FABRIC_UNIT = "nvidia-fabricmanager.service"
@@ -79,6 +83,13 @@ def fabric_packages(version: str, node: Node, manifest: Manifest) -> list[dict[s
     names = names_of(version, node, manifest)
     found = [{"name": name, "version": f"{version}-*"} for name in names["fabric_manager"]]
     return found + [{"name": name, "version": ""} for name in names["nvlink5"] if fabric_of(node).get("nvlink_bridges")]
+
+
+def nvlink5_files(fabric: bool, node: Node) -> dict[str, str]:
+    """Return the file that loads, at each boot, what the fabric manager of NVLink 5 needs of the kernel."""
+    if not fabric or not fabric_of(node).get("nvlink_bridges"):
+        return {}
+    return {NVLINK5: f"# The fabric manager reaches the NVSwitches through it (onprem.torch.nvidia_driver).\n{NVLINK5_MODULE}\n"}
 
 
 def headers(node: Node) -> list[str]:
@@ -174,7 +185,9 @@ def kept(
     if fabric_of(node).get("manager_running") and str((there.get(name) or {}).get("version", f"{running}-")).startswith(f"{running}-"):
         return {"action": "keep"}, []
     settings = settings_of(packages, [name], running, source, manifest)
+    files = nvlink5_files(True, node)
     settings.update(services=[FABRIC_UNIT], kernel_module="nvidia", kernel_module_version=running)
+    settings.update(files=files, modules=[NVLINK5_MODULE] if files else [])
     return {"action": "keep", "wanted": True, "settings": settings}, []
 
 
@@ -207,6 +220,7 @@ def installed(
     }
     if path == "peermem":
         files[PEERMEM] = "# Adapters reach GPU memory through it (onprem.torch.nvidia_driver).\nnvidia-peermem\n"
+    files.update(nvlink5_files(fabric, node))
     switches = bool(running and state.get("open") is not None and state["open"] is not (modules == "open"))
     expected = bool(running and (running != version or switches)) or bool(state.get("nouveau"))
     return {
@@ -224,7 +238,7 @@ def installed(
             "kernel_module": "nvidia",
             "kernel_module_version": version,
             "kernel_module_flavour": modules,
-            "modules": ["nvidia-peermem"] if path == "peermem" else [],
+            "modules": [*([NVLINK5_MODULE] if NVLINK5 in files else []), *(["nvidia-peermem"] if path == "peermem" else [])],
         },
     }, advice
 

@@ -423,6 +423,17 @@ def test_the_subnet_manager_of_nvlink_5_is_held_at_its_own_version(tmp_path):
     assert len(decide(found(tmp_path / "b", H100))[1]["driver"]["settings"]["pins"]) == 1
 
 
+@pytest.mark.parametrize("driver", ["", "580.159.04"], ids=["bare", "kept"])
+def test_nvlink_5_gets_the_module_through_which_its_switches_are_reached(tmp_path, driver):
+    path = "/etc/modules-load.d/onprem-torch-nvlink.conf"
+    settings = decide(found(tmp_path / "a", {**B200, "driver": driver}))[1]["driver"]["settings"]
+    assert settings["modules"] == ["ib_umad"] and settings["files"][path].splitlines()[-1] == "ib_umad"
+    settings = decide(found(tmp_path / "b", {**H100, "driver": driver}))[1]["driver"]["settings"]
+    assert settings["modules"] == [] and path not in settings["files"]
+    without = decide(found(tmp_path / "c", B200), nvidia_driver_fabric_manager="absent")[1]["driver"]["settings"]
+    assert without["modules"] == [] and path not in without["files"]
+
+
 def test_nccl_conf_names_the_training_interface_unless_the_user_does(tmp_path):
     findings = found(tmp_path, H100)
     _line, decision, _problems = decide(findings, nccl_configuration={"NCCL_IB_HCA": "mlx5"})
