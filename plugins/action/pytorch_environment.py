@@ -39,17 +39,8 @@ class ActionModule(ActionBase):
 
     def _install(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
         """Copy the wheels that the node lacks, then install."""
-        offline = arguments.get("source", "wheelhouse") == "wheelhouse"
         try:
-            # From an index the nodes fetch for themselves; only uv comes from here.
-            wanted = wheelhouse.Wanted(
-                tuple(arguments["requirements"]) if offline else (),
-                arguments["platform"],
-                arguments.get("index_url", "") if offline else "",
-                tuple(arguments.get("extra_index_urls", [])) if offline else (),
-                tuple(arguments.get("constraints", [])) if offline else (),
-                arguments.get("lock", "") if offline else "",
-            )
+            wanted = wheelhouse.wanted_of(arguments)
             folder, wheels = wheelhouse.provide(arguments.get("wheelhouse", "~/.cache/onprem.torch/wheelhouse"), wanted)
         except wheelhouse.WheelhouseError as error:
             return {"failed": True, "msg": str(error)}

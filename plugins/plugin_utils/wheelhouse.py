@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,25 @@ class Wanted(t.NamedTuple):
     extra: tuple[str, ...] = ()
     constraints: tuple[str, ...] = ()
     lock: str = ""
+
+
+def wanted_of(arguments: t.Mapping[str, t.Any]) -> Wanted:
+    """Return what the control node downloads for the arguments of pytorch_environment.
+
+    With the source C(index) the nodes fetch for themselves and get uv alone, which comes from the same index: a cluster with
+    a mirror asks nobody else.
+    """
+    index = str(arguments.get("index_url") or "")
+    if arguments.get("source", "wheelhouse") != "wheelhouse":
+        return Wanted((), arguments["platform"], index)
+    return Wanted(
+        tuple(arguments["requirements"]),
+        arguments["platform"],
+        index,
+        tuple(arguments.get("extra_index_urls") or []),
+        tuple(arguments.get("constraints") or []),
+        str(arguments.get("lock") or ""),
+    )
 
 
 def platforms(architecture: str, glibc: str) -> list[str]:
@@ -113,8 +133,24 @@ def reason(text: str, wanted: Wanted) -> str:
             f"{', '.join(names) or 'a wheel'} has another hash than pytorch_lock says, so nothing was installed; "
             "find out who changed it, and make the lock anew only if you trust it"
         )
+    if "[Errno 28]" in text:
+        return (
+            f"the control node has no room for the wheels, in pytorch_wheelhouse or in its temporary folder {tempfile.gettempdir()}; "
+            "free some space, set pytorch_wheelhouse to a larger file system, or set TMPDIR"
+        )
+    # pip warns of an index that it cannot reach, and then finds no version there.
+    lost = re.findall(r"connection broken by '(.*?)'?\)?': /", text)
+    if lost and "(from versions: none)" in text:
+        places = ", ".join([wanted.index or "https://pypi.org/simple", *wanted.extra])
+        why = lost[-1].rsplit(": ", 1)[-1].strip("')\" ")
+        return (
+            f"an index of wheels cannot be reached from the control node ({why}), of {places}; "
+            "repair its network or proxy (HTTPS_PROXY), or set cluster_mirror or pytorch_index_url to one that it reaches"
+        )
     lines = [line for line in text.splitlines() if line.startswith("ERROR")] or ["no reason was given"]
     what = "the lock" if wanted.lock else " ".join(wanted.requirements) or "uv"
+    if "No matching distribution found for uv" in text:
+        return f"{wanted.index or 'PyPI'} has no uv, with which the nodes install wheels; add it there, or set pytorch_index_url"
     variables = "pytorch_lock" if wanted.lock else "pytorch_version, pytorch_packages, pytorch_constraints"
     return (
         f"the wheels for {what} cannot be downloaded on the control node "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 
 import pytest
@@ -71,6 +72,35 @@ def test_a_lock_decides_and_another_hash_is_refused(index, tmp_path):
     with pytest.raises(wheelhouse.WheelhouseError, match="onpremexample.* has another hash than pytorch_lock says, so nothing was installed"):
         wheelhouse.provide(root, bad)
     assert not [path for path in (tmp_path / "house").iterdir() if path.is_dir() and path.name == wheelhouse.key(bad)]
+
+
+def test_an_index_that_cannot_be_reached_is_not_taken_for_a_wrong_version(index, tmp_path):
+    lost = wheelhouse.Wanted(("onpremexample==1.0",), PLATFORM, "http://127.0.0.1:9/simple")
+    with pytest.raises(wheelhouse.WheelhouseError) as caught:
+        wheelhouse.provide(str(tmp_path / "house"), lost)
+    assert str(caught.value).startswith("an index of wheels cannot be reached from the control node ([Errno 111] Connection refused), of http://127.0.0.1:9/simple; ")
+    assert "cluster_mirror" in str(caught.value) and "pytorch_version" not in str(caught.value)
+
+
+def test_an_index_without_uv_is_named(index, tmp_path):
+    shutil.rmtree(index / "simple/uv")
+    with pytest.raises(wheelhouse.WheelhouseError, match="simple has no uv, with which the nodes install wheels"):
+        wheelhouse.provide(str(tmp_path / "house"), wanted(index, "onpremexample"))
+
+
+@pytest.mark.parametrize("source", ["wheelhouse", "index"])
+def test_nothing_but_the_index_that_is_named_is_asked(source):
+    arguments = {"source": source, "requirements": ["torch"], "platform": PLATFORM, "index_url": "https://m/pypi/simple", "extra_index_urls": ["https://m/x"]}
+    found = wheelhouse.wanted_of({**arguments, "constraints": ["numpy<2"], "lock": ""})
+    assert found.index == "https://m/pypi/simple"
+    all_of_it = source == "wheelhouse"
+    assert (found.requirements, found.extra, found.constraints) == ((("torch",), ("https://m/x",), ("numpy<2",)) if all_of_it else ((), (), ()))
+
+
+def test_a_full_disk_is_named():
+    # The end of what pip printed on a full file system.
+    text = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device: '/a.whl' -> '/b.whl'\n"
+    assert wheelhouse.reason(text, wheelhouse.Wanted(("torch",), PLATFORM)).startswith("the control node has no room for the wheels")
 
 
 def test_what_is_not_there_is_named_with_the_variables_to_correct(index, tmp_path):
