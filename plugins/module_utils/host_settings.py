@@ -131,5 +131,7 @@ def advice(hardware: t.Mapping[str, t.Any], memory_bytes: int = 0) -> list[str]:
             lanes, most = entry.get("pcie_width"), entry.get("pcie_max_width")
             if lanes and most and lanes < most:
                 name = entry.get("interface") or entry.get("pci")
-                lines.append(f"the {kind} {name} uses {lanes} of its {most} PCIe lanes; see that it sits in a full slot, and firmly")
+                # Some GPUs give lanes back while nothing runs on them (nvidia-smi, "pcie.link.width.current").
+                look = "look again while it works, and see" if kind == "GPU" else "see"
+                lines.append(f"the {kind} {name} uses {lanes} of its {most} PCIe lanes; {look} that it sits in a full slot, and firmly")
     return lines

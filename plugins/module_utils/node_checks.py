@@ -9,19 +9,19 @@ import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils.network import Endpoint
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
+from ansible_collections.onprem.torch.plugins.module_utils.room import Need
 
 if t.TYPE_CHECKING:
     from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
 
-GIB = 1024**3
 # Distributions that the roles know, by os-release's ID and VERSION_ID.
 DISTRIBUTIONS = {("debian", "12"), ("debian", "13"), ("ubuntu", "22.04"), ("ubuntu", "24.04")}
 ARCHITECTURES = ("x86_64", "aarch64")
 # The offset that a clock may have before certificates, logs and progress times mislead.
 CLOCK_TOLERANCE_SECONDS = 1.0
 # Measured: wheels, cache and environment take 1.3 GiB for a CPU build; CUDA builds bring 6 GiB of libraries, kept twice.
-CPU_TORCH_BYTES = 2 * GIB
-CUDA_TORCH_BYTES = 14 * GIB
+CPU_TORCH_GIB = 2
+CUDA_TORCH_GIB = 14
 
 
 def unreadable(host: Host) -> list[Problem]:
@@ -71,17 +71,16 @@ def clock(host: Host) -> list[Problem]:
     return [Problem(host.name, "", text, "synchronise it (systemd-timesyncd or chrony)")]
 
 
-def disk(host: Host, torch: t.Mapping[str, t.Any]) -> list[Problem]:
-    """There is room for the environment that is still to be built.
+def torch_needs(host: Host, torch: t.Mapping[str, t.Any]) -> list[Need]:
+    """Return the room for the environment that is still to be built.
 
     Args:
         host: the host.
         torch: which environment it gets (pytorch_plan.environment).
     """
-    root = host.variables.get("pytorch_root") or ""
-    free = (host.node.get("disk") or {}).get(root)
+    root = str(host.variables.get("pytorch_root") or "")
     there = {path.rstrip("/"): version for path, version in (host.node.get("torch") or {}).items() if version}
-    if free is None or torch["source"] not in ("wheelhouse", "index") or torch["environment"] in there:
+    if torch["source"] not in ("wheelhouse", "index") or torch["environment"] in there:
         return []
     # Wheels and cache of the same torch are there already, and the environments share its files.
     builds = host.node.get("torch_builds") or {}
@@ -91,11 +90,8 @@ def disk(host: Host, torch: t.Mapping[str, t.Any]) -> list[Problem]:
         for path, version in there.items()
         if path.startswith(f"{root}/")
     )
-    needed = CUDA_TORCH_BYTES if torch["gpus"] and not same else CPU_TORCH_BYTES
-    if free >= needed:
-        return []
-    text = f"{root} has {free / GIB:.1f} GiB free, but {needed / GIB:.0f} GiB are needed for torch"
-    return [Problem(host.name, "pytorch_root", text, "free some space or set pytorch_root to a larger file system")]
+    needed = CUDA_TORCH_GIB if torch["gpus"] and not same else CPU_TORCH_GIB
+    return [Need(root, needed, "torch", "pytorch_root", "set pytorch_root to a larger file system")]
 
 
 def paths(host: Host) -> list[Problem]:
@@ -222,8 +218,7 @@ def same_torch(hosts: t.Sequence[Host]) -> list[Problem]:
             text = f"pytorch_version is {wanted}, but {environment} holds torch {version}"
             problems.append(Problem(host.name, "pytorch_version", text, "leave it empty for whatever is there, or correct it"))
         else:
-            nccl = (host.node["torch_builds"].get(environment) or {}).get("nccl")
-            versions.setdefault(f"{version} with NCCL {nccl}" if nccl else version, []).append(host.name)
+            versions.setdefault(version, []).append(host.name)
     if len(versions) > 1:
         usual = max(versions, key=lambda version: len(versions[version]))
         for version, names in versions.items():

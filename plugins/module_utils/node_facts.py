@@ -118,13 +118,23 @@ def listening(root: str = "/") -> list[dict[str, t.Any]]:
     return sockets
 
 
-def free_bytes(path: str, root: str = "/") -> int:
-    """Return the bytes that are free for root-owned folders where ``path`` is, or would be, made."""
+def nearest_folder(path: str, root: str = "/") -> str:
+    """Return the folder in which ``path`` is, or would be, made: itself or the nearest one above that exists."""
     candidate = os.path.join(root, path.lstrip("/"))
     while not os.path.exists(candidate):
         candidate = os.path.dirname(candidate)
-    status = os.statvfs(candidate)
+    return candidate
+
+
+def free_bytes(path: str, root: str = "/") -> int:
+    """Return the bytes that are free for root-owned folders where ``path`` is, or would be, made."""
+    status = os.statvfs(nearest_folder(path, root))
     return status.f_bavail * status.f_frsize
+
+
+def file_system(path: str, root: str = "/") -> int:
+    """Return what tells the file system of a path from others."""
+    return os.stat(nearest_folder(path, root)).st_dev
 
 
 def torch_version(environment: str, root: str = "/") -> str:

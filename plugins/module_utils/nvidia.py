@@ -36,9 +36,9 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     packages_of,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
+from ansible_collections.onprem.torch.plugins.module_utils.room import Need
 
 VARIABLE = "cuda_version"
-GIB = 1024**3
 # Where the toolkit is unpacked, and where its archives lie until then.
 TOOLKIT_FOLDER, ARCHIVES_FOLDER = "/usr/local", "/var/cache/apt"
 # The variable that decides a set's version.
@@ -182,6 +182,19 @@ def distance(wanted: str, name: str) -> float:
     return abs((int(asked.group(1)) - major) * 10000 + int(asked.group(2) or 99) - minor) if asked else 1e9
 
 
+def build_problems(name: str, host: str, variables: Variables, manifest: Manifest) -> list[Problem]:
+    """Return the problem of a pytorch_version that names another build than the line's, such as 2.13.0+cu126 for 13.0."""
+    local = str(variables.get("pytorch_version") or "").partition("+")[2]
+    match = re.fullmatch(r"cu(\d{2,})(\d)|cpu", local)
+    built = "" if not match else ".".join(match.groups()) if match.group(1) else "cpu"
+    if not built or built == name or own_index(variables):
+        return []
+    text = f"pytorch_version is {variables['pytorch_version']}, but the line is {name}, whose builds are {manifest['lines'][name]['torch_index'].rsplit('/', 1)[-1]}"
+    known = built in manifest["lines"]
+    cure = f"set {VARIABLE}: {built!r}, or leave +{local} out" if known else f"leave +{local} out"
+    return [Problem(host, "pytorch_version", text, cure)]
+
+
 def line_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
     """Return why a host cannot work with a line: GPU, driver of somebody else, or version of torch."""
     line = manifest["lines"][name]
@@ -210,6 +223,7 @@ def line_problems(name: str, host: str, variables: Variables, node: Node, manife
         else:
             cure = "take the host out of the group"
         problems.append(Problem(host, VARIABLE, text, cure))
+    problems += build_problems(name, host, variables, manifest)
     if not own_index(variables) and not has_torch(line, torch):
         span = f"{line['torch_first']} to {line['torch_last']}" if line["torch_last"] else f"{line['torch_first']} and newer"
         fits = [other for other in others if has_torch(manifest["lines"][other], torch)]
@@ -240,17 +254,15 @@ def cuda(name: str, variables: Variables, source: t.Mapping[str, t.Any], manifes
     }
 
 
-def toolkit_problems(host: str, decision: t.Mapping[str, t.Any], node: Node, manifest: Manifest) -> list[Problem]:
-    """Return the problem of a disk without room for the toolkit."""
-    if not decision["wanted"] or decision["settings"]["packages"][0]["name"] in packages_of(node):
+def toolkit_needs(name: str, variables: Variables, node: Node, manifest: Manifest) -> list[Need]:
+    """Return the room that the toolkit takes where it is still to be installed."""
+    if not name or name == "cpu" or not variables.get("cuda_toolkit") or manifest["lines"][name]["toolkit"] in packages_of(node):
         return []
-    problems = []
-    for folder, key in ((TOOLKIT_FOLDER, "unpacked_gib"), (ARCHIVES_FOLDER, "archives_gib")):
-        free, needed = (node.get("disk") or {}).get(folder), manifest["toolkit_room"][key]
-        if free is not None and free < needed * GIB:
-            text = f"{folder} has {free / GIB:.1f} GiB free, but {needed} GiB are needed for the CUDA toolkit"
-            problems.append(Problem(host, "cuda_toolkit", text, "free some space, or set cuda_toolkit: false (training needs no toolkit)"))
-    return problems
+    cure = "set cuda_toolkit: false (training needs no toolkit)"
+    return [
+        Need(TOOLKIT_FOLDER, manifest["toolkit_room"]["unpacked_gib"], "the CUDA toolkit", "cuda_toolkit", cure),
+        Need(ARCHIVES_FOLDER, manifest["toolkit_room"]["archives_gib"], "the CUDA toolkit's archives", "cuda_toolkit", cure),
+    ]
 
 
 def hold_problems(host: str, node: Node, decided: t.Sequence[t.Mapping[str, t.Any]]) -> list[Problem]:
@@ -302,7 +314,6 @@ def sure_problems(near: str, host: str, variables: Variables, node: Node, manife
         *nvidia_sources.mirror_problems(host, variables),
         *unfit_problems("", host, variables, node, manifest),
         *(missing if asks_for_packages(near, variables) or not driver_of(node).get("loaded") else []),
-        *toolkit_problems(host, cuda(near, variables, {}, manifest), node, manifest),
     ]
 
 
@@ -321,9 +332,8 @@ def decide(
     """
     unfit = unfit_problems(name, host, variables, node, manifest)
     source, missing = source_of(name, host, variables, node, manifest)
-    toolkit_set = cuda(name, variables, source, manifest)
     # What does not depend on the rest is named together with it, so that a person repairs all at once.
-    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit, *toolkit_problems(host, toolkit_set, node, manifest)]
+    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit]
     asks = asks_for_packages(name, variables)
     if unfit:
         problems += missing if asks or not driver_of(node).get("loaded") else []
@@ -338,7 +348,7 @@ def decide(
     decision = {
         "line": name,
         "driver": made,
-        "cuda": toolkit_set,
+        "cuda": cuda(name, variables, source, manifest),
         "nccl": nccl_settings.decide(name, variables, node, interface, source, manifest),
         "advice": [*advice, *host_settings.advice(node.get("hardware") or {}, int(node.get("memory_bytes") or 0)), *interrupted(node)],
     }

@@ -23,6 +23,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     ports,
     pytorch_plan,
     ranks,
+    room,
     verify_config,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
@@ -240,7 +241,8 @@ def make(
         problems += found
         end = chosen.get(name, network.Endpoint("", ""))
         torch = pytorch_plan.environment(host.variables, host.node, line, lock)
-        problems += node_checks.disk(host, torch)
+        needs = [*node_checks.torch_needs(host, torch), *nvidia.toolkit_needs(str(line.get("name") or ""), host.variables, host.node, manifest or {})]
+        problems += room.problems(name, needs, host.node.get("disk") or {}, host.node.get("file_systems") or {})
         nodes[name] = {
             "host": name,
             "rank": rank_of[name],

@@ -45,6 +45,10 @@ def names(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
     version = variables.get("pytorch_version")
     if version and not VERSION.fullmatch(version):
         yield "pytorch_version", f"pytorch_version is {shown(version)}, but a version was expected", "write one such as 2.13.0"
+    elif version and not re.match(r"\d+\.\d+\.\d+", version):
+        # YAML takes 2.10 for the number 2.1, another release.
+        text = f"pytorch_version is {shown(version)}, but all three numbers of a release were expected"
+        yield "pytorch_version", text, "write one such as 2.13.0"
 
 
 def paths(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:

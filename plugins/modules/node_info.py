@@ -128,6 +128,9 @@ node:
     disk:
       description: Free bytes by path.
       type: dict
+    file_systems:
+      description: Number of the file system by path, the same for those that share one.
+      type: dict
     paths:
       description: Whether each path exists.
       type: dict
@@ -234,6 +237,7 @@ def main() -> None:
         "listening": node_facts.listening(),
         "firewalls": node_facts.firewalls(),
         "disk": {path: node_facts.free_bytes(path) for path in module.params["disk_paths"]},
+        "file_systems": {path: node_facts.file_system(path) for path in module.params["disk_paths"]},
         "paths": {path: os.path.exists(path) for path in module.params["paths"]},
         "torch": {path: node_facts.torch_version(path) for path in environments},
         "torch_builds": {path: node_facts.torch_build(path) for path in environments},

@@ -47,6 +47,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "listening": [{"address": "0.0.0.0", "port": 22, "pid": 100, "command": "sshd", "unit": "ssh.service"}],
         "firewalls": {"installed": [], "active": []},
         "disk": {"/opt/onprem.torch": 500 * GIB, "/var/lib/torchrun": 500 * GIB},
+        "file_systems": {"/opt/onprem.torch": 1, "/var/lib/torchrun": 1},
         "paths": {},
         "torch": {},
         "torch_builds": {},

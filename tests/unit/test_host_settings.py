@@ -76,7 +76,7 @@ def test_a_good_node_is_told_nothing():
         ({"governor": "powersave"}, "governor is powersave"),
         ({"secure_boot": True}, "mokutil"),
         ({"shm_bytes": 64 * 1024**2}, "nccl_shm_gib: 1024"),
-        ({"gpus": [{"pci": "0000:13:00.0", "pcie_width": 8, "pcie_max_width": 16}]}, "GPU 0000:13:00.0 uses 8 of its 16"),
+        ({"gpus": [{"pci": "0000:13:00.0", "pcie_width": 8, "pcie_max_width": 16}]}, "GPU 0000:13:00.0 uses 8 of its 16 PCIe lanes; look again while it works"),
         ({"nics": [{"interface": "ib3", "rdma": [], "virtual": False, "pcie_width": 4, "pcie_max_width": 16}]}, "adapter ib3 uses 4 of its 16"),
     ],
 )

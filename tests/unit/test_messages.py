@@ -411,6 +411,10 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
         lambda: read(pytorch_version="newest"),
         ["n1: pytorch_version is 'newest', but a version was expected; write one such as 2.13.0."],
     ),
+    "a version that YAML took for a number": (
+        lambda: read(pytorch_version=2.10),
+        ["n1: pytorch_version is '2.1', but all three numbers of a release were expected; write one such as 2.13.0."],
+    ),
     "relative path": (
         lambda: read(torchrun_root="jobs"),
         ["n1: torchrun_root names 'jobs', but an absolute path was expected; begin it with /."],

@@ -203,3 +203,10 @@ def test_a_machine_that_does_not_tell_its_boot_is_no_other(tmp_path):
     nothing = node_facts.machine(str(tmp_path))
     assert nothing == {"machine_id": "", "boot_id": ""} and not node_facts.same_machine(nothing, nothing, False)
     assert node_facts.machine()["boot_id"]
+
+
+def test_paths_that_are_not_there_yet_are_on_the_file_system_above_them(tmp_path):
+    above = node_facts.file_system(str(tmp_path))
+    assert node_facts.file_system(str(tmp_path / "not/yet")) == above == os.stat(tmp_path).st_dev
+    assert node_facts.free_bytes(str(tmp_path / "not/yet")) > 0
+    assert node_facts.file_system("/proc/self") != above

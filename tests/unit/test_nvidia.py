@@ -33,6 +33,11 @@ def decide(findings, **variables):
     return line, decisions.get("n1", {}), [problem.sentence() for problem in problems]
 
 
+def planned(findings, **variables):
+    """Return the problems of the whole plan."""
+    return [problem.sentence() for problem in planning.make("train", [host("n1", found=findings, **variables)], RELEASE, MANIFEST)[1]]
+
+
 def names(decision):
     return [entry["name"] for entry in decision["driver"]["settings"]["packages"]]
 
@@ -101,6 +106,8 @@ def test_kernels_that_boot_later_get_their_headers_too(tmp_path, running, images
         (V100, {"pytorch_version": ""}, "12.6"),
         (V100, {"pytorch_version": "2.11.0"}, "12.6"),
         (V100, {"pytorch_version": "2.10.0"}, "12.9"),
+        (H100, {"pytorch_version": "2.13.0+cu126"}, "12.6"),
+        (H100, {"pytorch_version": "2.13.0+cu130"}, "13.0"),
         (V100, {"pytorch_index_url": "https://own/simple"}, "12.9"),
         (H100, {"pytorch_version": "2.14.0"}, "13.0"),
         ({"gpus": 1, "device": "0x15f8"}, {}, "12.6"),
@@ -127,6 +134,8 @@ def test_the_newest_line_that_fits_is_taken(tmp_path, machine, variables, line):
         (B200, {"cuda_version": "12.6", "pytorch_version": "2.6.0"}, ["torch 2.6.0", "cuda_version: '13.0' and a pytorch_version from 2.9.0 on"]),
         (H100, {"cuda_version": "12.9", "pytorch_version": "2.14.0"}, ["2.8.0 to 2.13.0", "cuda_version: '13.0'"]),
         (B200, {"cuda_version": "12.6"}, ["B200", "sm_100", "cuda_version: '13.0'"]),
+        (H100, {"pytorch_version": "2.13.0+cu126", "cuda_version": "13.0"}, ["2.13.0+cu126", "the line is 13.0", "cu130", "cuda_version: '12.6', or leave +cu126 out"]),
+        (H100, {"pytorch_version": "2.13.0+cpu"}, ["2.13.0+cpu", "cuda_version: 'cpu', or leave +cpu out"]),
         (K80, {}, ["n1: ", "Tesla K80 (sm_37)", "any CUDA line", "take the host out of the group"]),
         ({"gpus": 1, "device": "0x06d1"}, {"cuda_version": "12.6"}, ["Fermi or older (sm_20)", "take the host out of the group"]),
         (H100, {"cuda_version": "12.8"}, ["pytorch_version is 2.13.0", "2.7.0 to 2.11.0", "cuda_version: '13.0'"]),
@@ -152,7 +161,7 @@ def test_all_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
     findings["disk"]["/usr/local"] = 1024**3
     variables = {"nvidia_driver_version": "520.61.05", "nvidia_driver_kernel_modules": "proprietary", "cluster_mirror": "mirror"}
     variables.update(cuda_version="12.9", cuda_toolkit=True, cuda_repository_key_fingerprint="abc")
-    problems = decide(findings, **variables)[2]
+    problems = planned(findings, **variables)
     words = ["cluster_mirror", "CUDA 12.9 needs 575.51.03", "Blackwell GPUs need the branch 570", "open modules only", "1.0 GiB free", "40 hexadecimal"]
     assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
 
@@ -161,7 +170,7 @@ def test_beside_an_unknown_line_all_that_is_wrong_anyway_is_said(tmp_path):
     findings = found(tmp_path, B200)
     findings["disk"]["/usr/local"] = 1024**3
     variables = {"nvidia_driver_kernel_modules": "proprietary", "cuda_toolkit": True, "cuda_repository_key_fingerprint": "abc"}
-    problems = decide(findings, cuda_version="12.7", **variables)[2]
+    problems = planned(findings, cuda_version="12.7", **variables)
     words = ["'12.7'", "open modules only", "1.0 GiB free", "40 hexadecimal"]
     assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
 
@@ -546,14 +555,27 @@ def test_a_mirror_that_is_no_place_is_named(tmp_path):
 def test_no_room_for_the_toolkit_is_named_before_anything_changes(tmp_path):
     findings = found(tmp_path, H100)
     findings["disk"].update({"/usr/local": 3 * 1024**3, "/var/cache/apt": 50 * 1024**3})
-    _line, _decision, problems = decide(findings, cuda_toolkit=True)
-    assert problems == [
+    assert planned(findings, cuda_toolkit=True) == [
         "n1: /usr/local has 3.0 GiB free, but 7 GiB are needed for the CUDA toolkit; "
-        "free some space, or set cuda_toolkit: false (training needs no toolkit)."
+        "free some space or set cuda_toolkit: false (training needs no toolkit)."
     ]
+    assert planned(findings) == []
     findings["packages"] = {"cuda-toolkit-13-0": {"version": "13.0.2-1", "want": "hold", "flag": "ok", "state": "installed"}}
     findings["own_pins"] = ["cuda-toolkit-13-0"]
-    assert decide(findings, cuda_toolkit=True)[2] == []
+    assert planned(findings, cuda_toolkit=True) == []
+
+
+@pytest.mark.parametrize(("free", "enough"), [(24, False), (25, True)])
+def test_what_shares_a_file_system_is_added_up(tmp_path, free, enough):
+    findings = found(tmp_path, H100)
+    paths = ["/opt/onprem.torch", "/usr/local", "/var/cache/apt"]
+    findings.update(disk={path: free * 1024**3 for path in paths}, file_systems={path: 2049 for path in paths})
+    problems = planned(findings, cuda_toolkit=True)
+    assert problems == [] if enough else problems == [
+        "n1: one file system has 24.0 GiB free, but 25 GiB are needed: 14 for torch in /opt/onprem.torch, 7 for the CUDA toolkit "
+        "in /usr/local, 4 for the CUDA toolkit's archives in /var/cache/apt; free some space or set pytorch_root to a larger file "
+        "system or set cuda_toolkit: false (training needs no toolkit)."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -665,3 +687,14 @@ def test_every_known_machine_on_every_distribution_has_a_plan(tmp_path, machine,
         switched = bool(trees.MACHINES[machine].get("switches") or trees.MACHINES[machine].get("bridges"))
         assert any("fabricmanager" in name for name in names(decision)) is switched
         assert ("nvlsm" in names(decision)) is bool(trees.MACHINES[machine].get("bridges"))
+
+
+def test_environments_with_different_nccls_are_one_problem_of_the_plan(tmp_path):
+    hosts = []
+    for number, version in enumerate(("2.28.9", "2.27.5"), start=1):
+        findings = found(tmp_path / str(number), {**L40S, "driver": "580.105.08"})
+        findings.update({key: value for key, value in node(number).items() if key in ("machine_id", "interfaces")})
+        findings.update(torch={"/env": "2.13.0"}, torch_builds={"/env": {"cuda": "13.0", "nccl": version}})
+        hosts.append(host(f"n{number}", number, findings, pytorch_source="existing", pytorch_environment="/env"))
+    problems = [problem.sentence() for problem in planning.make("train", hosts, RELEASE, MANIFEST)[1]]
+    assert len(problems) == 1 and "/env has NCCL 2.27.5, but n1 has 2.28.9" in problems[0], problems
