@@ -320,6 +320,8 @@ def driver(root: str = "/") -> dict[str, t.Any]:
         "nouveau": os.path.isdir(os.path.join(root, "sys/module/nouveau")),
         "peermem": os.path.isdir(os.path.join(root, "sys/module/nvidia_peermem")),
         "peer_memory": peer_memory(root),
+        # The licence daemon of a virtual GPU's driver, which no other driver brings.
+        "vgpu": os.path.exists(os.path.join(root, "usr/bin/nvidia-gridd")),
     }
 
 
@@ -376,7 +378,7 @@ def collect(root: str = "/", run: Run | None = None) -> dict[str, t.Any]:
     state = driver(root)
     # Libraries may lie where they are not looked for.
     state["mismatch"] = state["mismatch"] or "version mismatch" in problem
-    state["nvidia_smi"] = problem
+    state.update(nvidia_smi=problem, nvidia_smi_hangs=bool(getattr(smi, "hangs", False)))
     return {
         "gpus": cards,
         "usable_gpus": usable(root, cards),

@@ -294,6 +294,16 @@ def unfit_problems(name: str, host: str, variables: Variables, node: Node, manif
     return line_problems(name, host, variables, node, manifest)
 
 
+def virtual_problems(host: str, made: t.Mapping[str, t.Any], node: Node) -> list[Problem]:
+    """Return the problem of a virtual GPU whose driver would be replaced: only the one of its hypervisor works with it."""
+    state = driver_of(node)
+    if made["action"] != "install" or not state.get("vgpu"):
+        return []
+    text = f"the node has a virtual GPU with the driver {state.get('version')}, for which NVIDIA's repository has none"
+    cure = "upgrade it to one that the hypervisor's vGPU manager knows, and set nvidia_driver_manage: false"
+    return [Problem(host, "nvidia_driver_manage", text, cure)]
+
+
 def asks_for_packages(name: str, variables: Variables) -> bool:
     """Return whether the toolkit or the library is asked for."""
     return bool(variables.get("cuda_toolkit") or variables.get("nccl_library")) and name != "cpu"
@@ -342,6 +352,7 @@ def decide(
     made, advice = nvidia_driver.decide(name, variables, node, source, manifest)
     if made["wanted"] or asks:
         problems += missing
+    problems += virtual_problems(host, made, node)
     # A reboot into another driver may be the very cure of a GPU that does not answer.
     if name != "cpu" and not made.get("reboot_expected"):
         problems += nvidia_gpu_problems.problems(host, variables, node)

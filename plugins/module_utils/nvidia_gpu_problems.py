@@ -21,11 +21,15 @@ def called(gpu: Gpu) -> str:
     return f"{gpu.get('pci')} ({gpu.get('name') or gpu.get('generation') or 'GPU'})"
 
 
+def in_container(node: Node) -> bool:
+    """Return whether a node is a container, which has some of its host's GPUs, and not all of its driver's programs."""
+    return bool(((node.get("hardware") or {}).get("settings") or {}).get("container"))
+
+
 def undriven(node: Node) -> list[Gpu]:
     """Return the GPUs that the running driver leaves out, though nobody asked it to."""
-    hardware = node.get("hardware") or {}
-    found = hardware.get("gpus") or []
-    if (hardware.get("settings") or {}).get("container") or not any(gpu.get("minor") is not None for gpu in found):
+    found = (node.get("hardware") or {}).get("gpus") or []
+    if in_container(node) or not any(gpu.get("minor") is not None for gpu in found):
         return []
     return [gpu for gpu in found if gpu.get("minor") is None and str(gpu.get("bound") or "") in OWN_DRIVERS]
 
@@ -43,7 +47,7 @@ def problems(host: str, variables: Variables, node: Node) -> list[Problem]:
         return []
     # The kernel's log says why: Xid 79 is a GPU that fell off the bus.
     look = "look for NVRM and Xid in dmesg, reset the GPU or reboot the node"
-    if state.get("nvidia_smi"):
+    if state.get("nvidia_smi") and (state.get("nvidia_smi_hangs") or not in_container(node)):
         return [Problem(host, "", f"nvidia-smi {state['nvidia_smi']}, so that a job would hang or fail", look)]
     found = []
     cards = chosen_gpus(variables, node)

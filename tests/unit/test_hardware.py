@@ -90,7 +90,9 @@ def test_no_gpu_is_a_clean_answer(tmp_path):
         "nouveau": False,
         "peermem": False,
         "peer_memory": False,
+        "vgpu": False,
         "nvidia_smi": "",
+        "nvidia_smi_hangs": False,
     }
 
 
@@ -99,6 +101,11 @@ def test_libraries_newer_than_the_loaded_module_are_a_mismatch(tmp_path):
     trees.put(tmp_path, "usr/lib/x86_64-linux-gnu/libnvidia-ml.so.580.95.05")
     found = hardware.driver(str(tmp_path))
     assert (found["loaded"], found["installed"], found["mismatch"], found["open"]) == ("580.65.06", "580.95.05", True, False)
+
+
+def test_the_driver_of_a_virtual_gpu_is_told_by_its_licence_daemon(tmp_path):
+    trees.put(tmp_path, "usr/bin/nvidia-gridd")
+    assert hardware.driver(str(tmp_path))["vgpu"] is True
 
 
 def test_nouveau_is_seen(tmp_path):

@@ -71,7 +71,8 @@ def test_bare_nodes_get_driver_fabric_manager_and_nccls_configuration(planned):
         names = [package["name"] for package in stack["driver"]["settings"]["packages"]]
         assert stack["driver"]["kernel_modules"] == "open" and stack["driver"]["gpudirect"] == "dma-buf"
         assert "nvidia-kernel-open-dkms" in names and "nvidia-fabricmanager" in names
-        assert "NCCL_IB_HCA=mlx5_0" in stack["nccl"]["settings"]["files"]["/etc/nccl.conf"]
+        # With the equals sign, since mlx5_1 alone is a prefix of mlx5_10 (NCCL, "NCCL_IB_HCA").
+        assert "NCCL_IB_HCA==mlx5_0,mlx5_1" in stack["nccl"]["settings"]["files"]["/etc/nccl.conf"]
         assert "NCCL_SOCKET_IFNAME==ib0\n" in stack["nccl"]["settings"]["files"]["/etc/nccl.conf"]
         assert not stack["cuda"]["wanted"]
         assert entry["pytorch"]["extra_index_urls"] == ["https://download.pytorch.org/whl/cu130"]

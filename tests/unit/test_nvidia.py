@@ -240,6 +240,10 @@ def test_nvidia_smi_that_hangs_or_fails_is_named(tmp_path, text):
     findings = found(tmp_path, {**L40S, "driver": "580.105.08"})
     findings["hardware"]["driver"]["nvidia_smi"] = text
     assert decide(findings)[2] == [f"n1: nvidia-smi {text}, so that a job would hang or fail; {LOOK}."]
+    findings["hardware"]["settings"]["container"] = True
+    assert decide(findings)[2] == [], "a container need not have all that nvidia-smi wants"
+    findings["hardware"]["driver"]["nvidia_smi_hangs"] = True
+    assert len(decide(findings)[2]) == 1
     findings["hardware"]["driver"]["mismatch"] = True
     assert decide(findings)[2] == [], "the driver is installed anew"
 
@@ -336,6 +340,16 @@ def test_a_driver_of_the_manifests_version_that_somebody_else_installed_is_left_
 def test_a_driver_that_is_asked_for_by_version_replaces_a_good_one(tmp_path):
     _line, decision, _problems = decide(found(tmp_path, {**L40S, "driver": "580.159.04"}), nvidia_driver_version="580.105.08")
     assert decision["driver"]["wanted"] and decision["driver"]["reboot_expected"]
+
+
+def test_the_driver_of_a_virtual_gpu_is_never_replaced(tmp_path):
+    findings = found(tmp_path, {**L40S, "driver": "550.90.07"})
+    findings["hardware"]["driver"]["vgpu"] = True
+    (problem,) = decide(findings)[2]
+    assert "virtual GPU with the driver 550.90.07" in problem and "nvidia_driver_manage: false" in problem
+    assert decide(findings, nvidia_driver_manage=False)[2] == []
+    findings["hardware"]["driver"].update(loaded="580.65.06", version="580.65.06")
+    assert decide(findings)[2] == [], "a good one is kept"
 
 
 @pytest.mark.parametrize("state", ["old", "mismatch"])
