@@ -195,8 +195,25 @@ def build_problems(name: str, host: str, variables: Variables, manifest: Manifes
     return [Problem(host, "pytorch_version", text, cure)]
 
 
-def line_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
-    """Return why a host cannot work with a line: GPU, driver of somebody else, or version of torch."""
+def shared_lines(nodes: t.Sequence[tuple[str, Variables, Node]], manifest: Manifest) -> list[str]:
+    """Return the lines whose torch has code for all GPUs of a cluster, newest first."""
+    wanted = [(capability(gpu), variables) for _name, variables, node in nodes for gpu in chosen_gpus(variables, node)]
+    return [name for name in cuda_lines(manifest) if all(supports(manifest["lines"][name], *each) for each in wanted)]
+
+
+def line_problems(
+    name: str, host: str, variables: Variables, node: Node, manifest: Manifest, shared: t.Sequence[str] | None = None
+) -> list[Problem]:
+    """Return why a host cannot work with a line: GPU, driver of somebody else, or version of torch.
+
+    Args:
+        name: the line.
+        host: inventory name.
+        variables: the host's variables.
+        node: what node_info found.
+        manifest: what fits together.
+        shared: the lines that fit all GPUs of the cluster, so that no cure for one host harms another; None for any.
+    """
     line = manifest["lines"][name]
     cards = chosen_gpus(variables, node)
     if name == "cpu" or not cards:
@@ -214,8 +231,11 @@ def line_problems(name: str, host: str, variables: Variables, node: Node, manife
         # Another torch may have code for it where this one has none.
         lines = {other: str(manifest["lines"][other].get("torch_first")) for other in [name, *others]}
         older = [other for other, first in lines.items() if runs_on(manifest["lines"][other], level, first)]
-        if fits:
-            cure = f"set {VARIABLE}: {fits[0]!r}"
+        common = [other for other in fits if shared is None or other in shared]
+        if common:
+            cure = f"set {VARIABLE}: {common[0]!r}"
+        elif fits:
+            cure = f"take the host out of the group, since no line of this torch has code for all its GPUs (for this one {fits[0]} has)"
         elif older:
             cure = f"set {VARIABLE}: {older[0]!r} and a pytorch_version from {lines[older[0]]} on that it has"
         elif any(capability(gpu) != level for gpu in cards):
@@ -279,7 +299,9 @@ def hold_problems(host: str, node: Node, decided: t.Sequence[t.Mapping[str, t.An
     return problems
 
 
-def unfit_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+def unfit_problems(
+    name: str, host: str, variables: Variables, node: Node, manifest: Manifest, shared: t.Sequence[str] | None = None
+) -> list[Problem]:
     """Return why torch and driver cannot work on a host; for a line of an empty name what is wrong whatever the line."""
     if not chosen_gpus(variables, node) or name == "cpu":
         return []
@@ -291,7 +313,7 @@ def unfit_problems(name: str, host: str, variables: Variables, node: Node, manif
     found = existing_problems(host, variables, node, manifest)
     if found or not name:
         return [*found, *driver_problems("", host, variables, node, manifest)]
-    return line_problems(name, host, variables, node, manifest)
+    return line_problems(name, host, variables, node, manifest, shared)
 
 
 def virtual_problems(host: str, made: t.Mapping[str, t.Any], node: Node) -> list[Problem]:
@@ -328,7 +350,7 @@ def sure_problems(near: str, host: str, variables: Variables, node: Node, manife
 
 
 def decide(
-    name: str, host: str, variables: Variables, node: Node, manifest: Manifest, interface: str = ""
+    name: str, host: str, variables: Variables, node: Node, manifest: Manifest, interface: str = "", shared: t.Sequence[str] | None = None
 ) -> tuple[dict[str, t.Any], list[Problem]]:
     """Return the decision for one node, and its problems.
 
@@ -339,8 +361,9 @@ def decide(
         node: what node_info found.
         manifest: what fits together.
         interface: the training interface.
+        shared: the lines that fit all GPUs of the cluster; None for any.
     """
-    unfit = unfit_problems(name, host, variables, node, manifest)
+    unfit = unfit_problems(name, host, variables, node, manifest, shared)
     source, missing = source_of(name, host, variables, node, manifest)
     # What does not depend on the rest is named together with it, so that a person repairs all at once.
     problems = [*nvidia_sources.mirror_problems(host, variables), *unfit]
@@ -401,11 +424,12 @@ def decide_all(
     decisions = {}
     # On a guess nothing is decided.
     guessed = bool(problems)
+    shared = shared_lines(readable, manifest)
     for host, variables, node in readable:
         if guessed:
             problems += sure_problems(name, host, variables, node, manifest)
             continue
-        decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""))
+        decisions[host], found = decide(name, host, variables, node, manifest, interfaces.get(host, ""), shared)
         problems += found
     problems += nccl_problems(readable)
     return {"name": name, **manifest["lines"][name], "oldest_drivers": oldest_drivers(manifest)}, decisions, problems

@@ -473,6 +473,19 @@ def test_one_old_gpu_decides_the_line_of_the_whole_cluster(tmp_path):
     assert problems == [] and line["name"] == "12.6"
 
 
+@pytest.mark.parametrize("wanted", ["", "13.0", "12.6"])
+def test_gpus_that_no_line_has_code_for_together_are_not_sent_from_one_line_to_the_other(tmp_path, wanted):
+    nodes = []
+    for name, machine in (("n1", V100), ("n2", B200), ("n3", B200)):
+        each = found(tmp_path / name, machine)
+        nodes.append((name, host(name, found=each, cuda_version=wanted).variables, each))
+    problems = [problem.sentence() for problem in nvidia.decide_all(nodes, MANIFEST, {})[2]]
+    assert problems and all("no line of this torch has code for all its GPUs" in problem for problem in problems), problems
+    older = [(name, {**variables, "pytorch_version": "2.10.0", "cuda_version": ""}, each) for name, variables, each in nodes]
+    line, _decisions, problems = nvidia.decide_all(older, MANIFEST, {})
+    assert problems == [] and line["name"] == "12.9"
+
+
 def test_the_plan_carries_line_and_decision(tmp_path):
     each = host("n1", found=found(tmp_path, H100))
     plan, problems = planning.make("train", [each], RELEASE, MANIFEST)
