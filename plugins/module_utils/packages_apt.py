@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+import struct
 import time
 import typing as t
 
@@ -20,6 +23,18 @@ ENVIRONMENT = {
     "NEEDRESTART_SUSPEND": "1",
     "APT_LISTCHANGES_FRONTEND": "none",
 }
+
+
+def holder(lock: t.IO[str]) -> str:
+    """Return who holds a lock, in brackets; empty where the kernel does not tell."""
+    # struct flock of 64-bit Linux: type, whence, start, length, process (fcntl(2)).
+    layout = "hhqqi4x"
+    asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _whence, _start, _length, process = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, asked))
+    if kind == fcntl.F_UNLCK or process <= 0:
+        return ""
+    name = read_text(f"/proc/{process}/comm").strip()
+    return f"({name or 'unknown'}, process {process}) "
 
 
 class Apt:
@@ -63,26 +78,38 @@ class Apt:
             *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
         ]
 
-    def wait_for(self, lock: t.IO[str]) -> None:
-        """Take dpkg's lock, which another program may hold for a while."""
+    @contextlib.contextmanager
+    def locked(self) -> t.Iterator[dict[str, str]]:
+        """Hold dpkg's lock, which another program may have for a while; dpkg itself waits for nobody.
+
+        Yields the environment in which dpkg knows that its caller has the lock.
+        """
         end = time.monotonic() + self.run.params["lock_timeout"]
-        while True:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > end:
-                    self.run.fail(
-                        f"another program has held dpkg's lock for {self.run.params['lock_timeout']} s; "
-                        "wait until it is done (ps -e | grep -E 'apt|dpkg'), then run this again"
-                    )
-                time.sleep(0.5)
+        with open(LOCK, "w", encoding="utf-8") as lock:
+            while True:
+                try:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > end:
+                        self.run.fail(
+                            f"another program {holder(lock)}has held dpkg's lock for {self.run.params['lock_timeout']} s; "
+                            "wait until it is done, then run this again"
+                        )
+                    time.sleep(0.5)
+            yield {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
+
+    def wait(self) -> None:
+        """Wait until nobody else has dpkg's lock, so that it is told in a sentence where that takes too long."""
+        with self.locked():
+            pass
 
     def hold(self, names: t.Sequence[str], word: str = "hold") -> None:
         """Put packages on hold, or release them with the word C(install)."""
         if names:
             text = "".join(f"{name} {word}\n" for name in names)
-            code, _out, err = self.run.module.run_command(["dpkg", "--set-selections"], data=text)
+            with self.locked() as environment:
+                code, _out, err = self.run.module.run_command(["dpkg", "--set-selections"], data=text, environ_update=environment)
             if code:
                 self.run.fail(f"dpkg cannot {'hold' if word == 'hold' else 'release'} {', '.join(names)} ({err.strip()}); try it by hand")
 
@@ -107,18 +134,28 @@ class Apt:
         if not self.run.check:
             self.hold(loose)
 
-    def heal(self) -> None:
-        """Finish what an interrupted dpkg left half done."""
+    def half_done(self) -> bool:
+        """Return whether dpkg has work that is not finished."""
+        return bool(apt_state.broken(self.packages())) or apt_state.interrupted()
+
+    def note_healing(self) -> None:
+        """Note what is finished."""
         broken = apt_state.broken(self.packages())
-        if not broken and not apt_state.interrupted():
-            return
         self.run.result["healed"] = broken or ["dpkg's journal"]
         self.run.before["interrupted packages"], self.run.after["interrupted packages"] = "\n".join(broken) + "\n", ""
-        if self.run.check:
+
+    def heal(self) -> None:
+        """Finish what an interrupted dpkg left half done."""
+        if not self.half_done():
             return
-        with open(LOCK, "w", encoding="utf-8") as lock:
-            self.wait_for(lock)
-            environment = {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
+        if self.run.check:
+            self.note_healing()
+            return
+        with self.locked() as environment:
+            # Without the lock it may have been somebody else's work that was not finished yet.
+            if not self.half_done():
+                return
+            self.note_healing()
             self.run.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
         if apt_state.broken(self.packages()):
             self.release()

@@ -9,7 +9,7 @@ import os
 import re
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state
+from ansible_collections.onprem.torch.plugins.module_utils import apt_sources, apt_state
 from ansible_collections.onprem.torch.plugins.module_utils.packages_apt import ENVIRONMENT, Apt
 from ansible_collections.onprem.torch.plugins.module_utils.packages_files import Files
 from ansible_collections.onprem.torch.plugins.module_utils.packages_run import Run
@@ -49,8 +49,13 @@ class Installation:
 
     def versions(self, wanted: t.Sequence[t.Mapping[str, str]], strict: bool) -> list[str]:
         """Return ``name=version`` of packages with the newest version that fits; what is not on offer is an error."""
-        _code, out, _err = self.run.module.run_command(["apt-cache", "madison", *[entry["name"] for entry in wanted]], environ_update=ENVIRONMENT)
-        offer = apt_state.parse_madison(out)
+        words = ["apt-cache", "madison", *[entry["name"] for entry in wanted]]
+        _code, out, err = self.run.module.run_command(words, environ_update=ENVIRONMENT)
+        if apt_state.unreadable_sources(err):
+            rivals = [entry.path for entry in apt_sources.flat(apt_sources.collect(), self.run.repository.get("url", ""), SOURCES)]
+            cure = f"remove the repository from {', '.join(rivals)}" if rivals else "correct what it names"
+            self.run.fail(f"apt cannot read this node's sources ({apt_state.complaint(err)}); {cure}")
+        offer = apt_state.parse_madison(out, self.run.repository.get("url", ""))
         chosen = []
         for entry in wanted:
             fitting = [version for version in offer.get(entry["name"], []) if apt_state.fits(version, entry["version"])]
@@ -88,11 +93,13 @@ class Installation:
         state = self.apt.packages()
         wanted = apt_state.lacking(state, self.run.settings["packages"] or [])
         names = {entry["name"] for entry in wanted}
-        torn = [
-            {"name": name, "version": version}
-            for name, version in apt_state.family(state, self.run.pins).items()
-            if name not in names and not apt_state.fits(state[name]["version"], version)
-        ]
+        torn = self.on_offer(
+            [
+                {"name": name, "version": version}
+                for name, version in apt_state.family(state, self.run.pins).items()
+                if name not in names and not apt_state.fits(state[name]["version"], version)
+            ]
+        )
         if not wanted and not torn:
             return
         for entry in [*wanted, *torn]:
@@ -120,6 +127,7 @@ class Installation:
                 f"installing {self.run.settings['name']} would remove {', '.join(foreign)}; remove them yourself if nobody needs them"
             )
         self.room(installs)
+        self.apt.wait()
         self.files.keep()
         words = ["install", "--yes", *self.apt.options(), *self.chosen]
         code, text = self.apt.get(words)
@@ -131,6 +139,20 @@ class Installation:
             self.run.fail(f"apt cannot install {self.run.settings['name']} ({apt_state.complaint(text)}); correct what it names and run this again")
         self.run.result["installed"] = installs
         self.run.result["removed"] = removes
+
+    def on_offer(self, unfit: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Return which installed packages can be brought to their version.
+
+        Some have no such version, such as Ubuntu's firmware of an older branch, and stay as they are.
+        """
+        if not unfit:
+            return []
+        packages = self.run.settings["packages"] or []
+        if not self.run.check and len(self.versions(packages, strict=False)) < len(packages):
+            # apt's lists are old or missing, and tell nothing.
+            self.update()
+        offered = {entry.partition("=")[0] for entry in self.versions(unfit, strict=False)}
+        return [entry for entry in unfit if entry["name"] in offered]
 
     def simulate(self, wanted: t.Sequence[dict[str, str]], torn: t.Sequence[dict[str, str]]) -> tuple[int, str]:
         """Choose exact versions and let apt say what it would do."""

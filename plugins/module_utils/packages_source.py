@@ -8,12 +8,23 @@ from __future__ import annotations
 import os
 
 from ansible.module_utils.urls import fetch_url
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, openpgp
+from ansible_collections.onprem.torch.plugins.module_utils import apt_sources, apt_state, openpgp
 from ansible_collections.onprem.torch.plugins.module_utils.packages_files import Files
 from ansible_collections.onprem.torch.plugins.module_utils.packages_run import Run
 
 KEYRINGS = "/etc/apt/keyrings"
 SOURCES = "/etc/apt/sources.list.d/onprem-torch-nvidia.sources"
+
+
+def fingerprints(path: str) -> list[str]:
+    """Return the fingerprints of the keys in a file; none of what is no such file."""
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as stream:
+        try:
+            return openpgp.fingerprints(stream.read())
+        except openpgp.KeyFileError:
+            return []
 
 
 class Source:
@@ -22,19 +33,35 @@ class Source:
     def __init__(self, run: Run, files: Files) -> None:
         self.run = run
         self.files = files
+        self.wanted = run.repository.get("key_fingerprint", "").replace(" ", "").upper()
+
+    def joined(self) -> str:
+        """Return the keyring of a source of somebody else that names the repository too; empty where there is none.
+
+        apt reads no sources at all where two of them name a repository with different keyrings, so that ours takes theirs
+        if it holds the key. That is how NVIDIA's package cuda-keyring leaves a node.
+        """
+        url, keyring = self.run.repository["url"], ""
+        for entry in apt_sources.flat(apt_sources.collect(), url, SOURCES):
+            if entry.signed_by and self.wanted not in fingerprints(entry.signed_by):
+                by = f"the keyring {entry.signed_by}" if entry.signed_by.startswith("/") else "a key in that file"
+                self.run.fail(
+                    f"{entry.path} names the repository {url} with {by}, which does not hold the key {self.wanted}, but apt reads "
+                    "no sources where two disagree about a repository; remove that source"
+                )
+            keyring = entry.signed_by or keyring
+        return keyring
 
     def key(self) -> str:
         """Let the repository's key lie on the node, and return its path; any other key is refused."""
-        wanted = self.run.repository.get("key_fingerprint", "").replace(" ", "").upper()
+        keyring = self.joined()
+        if keyring:
+            return keyring
+        wanted = self.wanted
         url = self.run.repository["key_url"]
         for path in (f"{KEYRINGS}/onprem-torch-nvidia.{end}" for end in ("asc", "gpg")):
-            if os.path.exists(path):
-                with open(path, "rb") as stream:
-                    try:
-                        if openpgp.fingerprints(stream.read()) == [wanted]:
-                            return path
-                    except openpgp.KeyFileError:
-                        pass
+            if fingerprints(path) == [wanted]:
+                return path
         answer, info = fetch_url(self.run.module, url, timeout=20)
         if answer is None or info["status"] not in (200, None):
             self.run.fail(

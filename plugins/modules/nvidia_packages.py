@@ -86,6 +86,10 @@ options:
             description: Their version, which may end in C(*). Empty to hold them at the one that they have.
             type: str
             required: true
+      refuse_distribution:
+        description: Keep the distribution's own packages of the pinned names away, which may have the same version.
+        type: bool
+        default: false
       files:
         description: Text by path of files that shall have it.
         type: dict
@@ -192,7 +196,8 @@ def pin(run: Run, apt: Apt, files: Files) -> None:
     if not run.check:
         apt.hold(stale, word="install")
         apt.loose = stale
-    files.put(f"/etc/apt/preferences.d/onprem-torch-{run.settings['name']}.pref", apt_state.preferences(run.pins))
+    text = apt_state.preferences(run.pins, run.settings["refuse_distribution"])
+    files.put(f"/{apt_state.PREFERENCES.format(name=run.settings['name'])}", text)
 
 
 def bring(run: Run) -> None:
@@ -255,6 +260,7 @@ def main() -> None:
                             "version": {"type": "str", "required": True},
                         },
                     },
+                    "refuse_distribution": {"type": "bool", "default": False},
                     "files": {"type": "dict", "default": {}},
                     "services": {"type": "list", "elements": "str", "default": []},
                     "kernel_module": {"type": "str", "default": ""},
