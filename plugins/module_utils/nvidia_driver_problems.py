@@ -19,8 +19,10 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     driver_of,
     fabric_of,
     gpus_of,
+    is_good,
     manages,
     numbers,
+    without_packages,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
@@ -70,6 +72,10 @@ def driver_problems(name: str, host: str, variables: Variables, node: Node, mani
         first = manifest["driver"]["first_branch_for_blackwell"]
         text = f"{variable} is {version}, but Blackwell GPUs need the branch {first} or newer"
         return [Problem(host, variable, text, f"remove it for {manifest['driver']['version']}")]
+    if without_packages(node) and (wanted or not is_good(line, node)):
+        text = f"the driver {state['installed']} was not installed as packages, which would overwrite it half"
+        cure = "remove it (nvidia-uninstall for NVIDIA's runfile) and reboot, or set nvidia_driver_manage: false"
+        return [Problem(host, "nvidia_driver_manage", text, cure)]
     return module_problems(host, variables, levels)
 
 
