@@ -96,7 +96,7 @@ class Nodes:
     def clean(self) -> None:
         """Remove every trace of an earlier test, whatever it was interrupted in."""
         self.run(
-            "systemctl stop stranger 2>/dev/null; rm -f /run/slow-build /run/broken-build /etc/asks-for-reboot; "
+            "systemctl stop stranger 2>/dev/null; apt-get clean; rm -f /run/slow-build /run/broken-build /etc/asks-for-reboot; "
             "pkill -9 -x dpkg; pkill -9 -x apt-get; dpkg --configure -a --force-confold >/dev/null 2>&1; "
             "apt-mark showhold | xargs -r apt-mark unhold >/dev/null; "
             "dpkg-query -W -f '${Package}\\n' | grep -E 'nvidia|^libcuda|^libnccl|^cuda-|^linux-headers-' | xargs -r dpkg --purge --force-all >/dev/null 2>&1; "

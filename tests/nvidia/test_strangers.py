@@ -89,11 +89,14 @@ def test_the_distributions_own_packages_of_the_same_version_stay_out(nodes, sour
     """Debian and Ubuntu package the same release under the same names, and NVIDIA's packages ask for their own revision."""
     # What NVIDIA's packages build upon comes from Debian nevertheless.
     common = apt_repository.Package("nvidia-kernel-common", "20220217+3~deb12u1")
-    mine = [package._replace(depends="nvidia-kernel-common") if package.name.endswith("open-dkms") else package for package in apt_repository.driver(OLD)]
-    source.repository.offer(mine)
+    mine = {package.name: package for package in apt_repository.driver(OLD)}
+    dkms = mine["nvidia-kernel-open-dkms"]
+    mine[dkms.name] = dkms._replace(depends=f"{dkms.depends}, {common.name}")
+    source.repository.offer(mine.values())
     theirs = [package._replace(depends="", conflicts="") for package in apt_repository.driver("580.105.08-4")]
     distribution.repository.offer([*theirs, common])
-    nodes.run(f"echo 'deb [trusted=yes] {distribution.settings['url']} /' >{LIST}; apt-get -o Dir::Etc::SourceList={LIST} -o Dir::Etc::SourceParts=/dev/null update")
+    nodes.run(f"echo 'deb [trusted=yes] {distribution.settings['url']} /' >{LIST}")
+    nodes.run(f"apt-get -o Dir::Etc::SourceList={LIST} -o Dir::Etc::SourceParts=/dev/null update")
     succeeded(nodes.bring(driver(source, refuse_distribution=True)))
     with_common = [{**found, common.name: common.version} for found in whole(OLD)]
     assert nodes.versions() == with_common
@@ -149,7 +152,8 @@ def test_packages_that_somebody_else_is_installing_right_now_are_not_broken(node
     """As unattended upgrades do after a node's first boot."""
     source.repository.offer([apt_repository.Package("cuda-stranger", "1", slow=True), *apt_repository.nccl(NCCL)])
     succeeded(nodes.bring(library(source, NCCL)))
-    nodes.run("touch /run/slow-build; systemd-run --quiet --collect apt-get --yes install cuda-stranger; systemd-run --quiet --collect sh -c 'sleep 8; rm /run/slow-build'")
+    nodes.run("touch /run/slow-build; systemd-run --quiet --collect apt-get --yes install cuda-stranger")
+    nodes.run("systemd-run --quiet --collect sh -c 'sleep 8; rm /run/slow-build'")
     nodes.run("until dpkg-query -W -f '${db:Status-Status}' cuda-stranger 2>/dev/null | grep -q half; do sleep 0.2; done")
     for answer in succeeded(nodes.bring(library(source, NCCL)), changed=False):
         assert answer["healed"] == []

@@ -44,7 +44,13 @@ def names(decision):
         (A100, TRIXIE, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager"], True),
         (L40S, DEBIAN, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"], False),
         (V100, DEBIAN, "proprietary", ["nvidia-driver-cuda", "nvidia-kernel-dkms", "nvidia-persistenced"], False),
-        (H100, NOBLE, "open", ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced", "nvidia-fabricmanager"], True),
+        (
+            H100,
+            NOBLE,
+            "open",
+            ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced", "nvidia-fabricmanager"],
+            True,
+        ),
         (
             B200,
             NOBLE,
