@@ -147,8 +147,8 @@ class Installation:
         """
         if not unfit:
             return []
-        packages = self.run.settings["packages"] or []
-        if not self.run.check and len(self.versions(packages, strict=False)) < len(packages):
+        pinned = [entry for entry in self.run.settings["packages"] or [] if entry["version"]]
+        if not self.run.check and len(self.versions(pinned, strict=False)) < len(pinned):
             # apt's lists are old or missing, and tell nothing.
             self.update()
         offered = {entry.partition("=")[0] for entry in self.versions(unfit, strict=False)}
