@@ -16,6 +16,11 @@ from ansible_collections.onprem.torch.plugins.module_utils.node_facts import rea
 # dpkg(1): every other state of a package is one that an interruption leaves behind.
 WHOLE = frozenset({"installed", "config-files", "not-installed", "triggers-pending", "triggers-awaited"})
 STATUS = "/var/lib/dpkg/status"
+# apt takes the first pin that fits a version, in the order of the files' names: NVIDIA's own nvidia-driver-pinning-580 lays
+# down a file that prefers the newest release of a branch.
+PREFERENCES = "etc/apt/preferences.d/00-onprem-torch-{name}.pref"
+# Archives that package NVIDIA's driver themselves (the Origin in their Release).
+DISTRIBUTIONS = "o=/^(Debian|Ubuntu|LP-PPA-)/"
 Installed = t.Dict[str, t.Dict[str, str]]
 
 
@@ -96,7 +101,7 @@ def own_pins(root: str = "/", name: str = "*") -> list[str]:
         name: set of packages; all of them without it.
     """
     found: list[str] = []
-    for path in sorted(glob.glob(os.path.join(root, f"etc/apt/preferences.d/onprem-torch-{name}.pref"))):
+    for path in sorted(glob.glob(os.path.join(root, PREFERENCES.format(name=name)))):
         for line in re.findall(r"^Package: (.*)$", read_text(path), re.MULTILINE):
             found += line.split()
     return found
@@ -134,15 +139,22 @@ def released(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]], forme
     ]
 
 
-def preferences(pins: t.Sequence[t.Mapping[str, t.Any]]) -> str:
+def preferences(pins: t.Sequence[t.Mapping[str, t.Any]], refuse_distribution: bool = False) -> str:
     """Return the text of an apt_preferences(5) file: above 1000, so that downgrades are taken too.
 
     Packages that are held at whatever version they have get apt's usual priority: the file says whose holds they are.
+
+    Args:
+        pins: names and versions.
+        refuse_distribution: keep the distribution's packages of these names away. They may have the same version, and what
+            depends on exactly one revision cannot be installed where apt prefers another.
     """
-    paragraphs = [
-        f"Package: {' '.join(pin['packages'])}\nPin: version {pin['version'] or '*'}\nPin-Priority: {1001 if pin['version'] else 500}\n"
-        for pin in pins
-    ]
+    paragraphs = []
+    for pin in pins:
+        names = f"Package: {' '.join(pin['packages'])}\n"
+        if refuse_distribution and pin["version"]:
+            paragraphs.append(f"{names}Pin: release {DISTRIBUTIONS}\nPin-Priority: -1\n")
+        paragraphs.append(f"{names}Pin: version {pin['version'] or '*'}\nPin-Priority: {1001 if pin['version'] else 500}\n")
     return "# Managed by onprem.torch.\n" + "\n".join(paragraphs)
 
 
@@ -151,14 +163,29 @@ def source(url: str, keyring: str) -> str:
     return f"# Managed by onprem.torch.\nTypes: deb\nURIs: {url}\nSuites: /\nSigned-By: {keyring}\n"
 
 
-def parse_madison(text: str) -> dict[str, list[str]]:
-    """Return the versions on offer by package, newest first, from ``apt-cache madison``."""
+def place(url: str) -> str:
+    """Return a repository's URL as apt prints it."""
+    return re.sub(r"^file:/+", "file:/", url).rstrip("/")
+
+
+def parse_madison(text: str, url: str = "") -> dict[str, list[str]]:
+    """Return the versions on offer by package, newest first, from ``apt-cache madison``.
+
+    Args:
+        text: what it printed.
+        url: of a repository. Of a package that it has, only its own versions count.
+    """
     found: dict[str, list[str]] = {}
+    own: dict[str, list[str]] = {}
     for line in text.splitlines():
         words = [word.strip() for word in line.split("|")]
-        if len(words) == 3 and words[1] not in found.setdefault(words[0], []):
-            found[words[0]].append(words[1])
-    return found
+        if len(words) != 3:
+            continue
+        is_own = bool(url) and place(words[2].split()[0]) == place(url)
+        for offer in (found, own) if is_own else (found,):
+            if words[1] not in offer.setdefault(words[0], []):
+                offer[words[0]].append(words[1])
+    return {**found, **own}
 
 
 def parse_simulation(text: str) -> tuple[dict[str, str], list[str]]:
@@ -215,3 +242,8 @@ def failed_update(text: str, url: str) -> bool:
     return bool(re.search(r"^(E:|Err:|W: (Failed to fetch|GPG error|An error occurred|The repository))", text, re.MULTILINE)) or (
         "NO_PUBKEY" in text and url in text
     )
+
+
+def unreadable_sources(text: str) -> bool:
+    """Return whether apt could not read a node's sources at all, and therefore knows no package."""
+    return "The list of sources could not be read" in text

@@ -229,7 +229,7 @@ def decide(
 def package_patterns(manifest: Manifest) -> list[str]:
     """Return the names of all packages that may be decided about, with ``*`` for any text."""
     toolkits = [manifest["lines"][name]["toolkit"] for name in cuda_lines(manifest)]
-    return [*manifest["driver_family"], *toolkits, "libnccl2", "libnccl-dev", "linux-image-*"]
+    return [*manifest["driver_family"], *toolkits, "libnccl2", "libnccl-dev", "linux-image-*", "libnvidia-tesla*"]
 
 
 def interrupted(node: Node) -> list[str]:

@@ -9,7 +9,6 @@ import re
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
-    BLACKWELL,
     TURING,
     Manifest,
     Node,
@@ -19,6 +18,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     driver_of,
     fabric_of,
     has_rdma,
+    is_good,
     manages,
     numbers,
     packages_of,
@@ -72,7 +72,7 @@ def names_of(version: str, node: Node, manifest: Manifest) -> dict[str, list[str
     """Return the names of a driver's packages for a distribution, by their purpose."""
     branch = numbers(version)[0]
     ubuntu = (node.get("distribution") or {}).get("id") == "ubuntu"
-    names = manifest["packages"]["debian" if not ubuntu else "ubuntu" if branch < 590 else "ubuntu_590"]
+    names = manifest["packages"]["debian" if not ubuntu else "ubuntu" if branch < 580 else "ubuntu_580" if branch < 590 else "ubuntu_590"]
     fabric = manifest["packages"]["fabric_manager"]
     found = {**names, "fabric_manager": fabric["until_575" if branch < 580 else "from_580"], "nvlink5": fabric["nvlink5"]}
     return {purpose: [name.format(branch=branch) for name in entries] for purpose, entries in found.items()}
@@ -168,7 +168,7 @@ def settings_of(
     loose = [entry["name"] for entry in packages if entry["name"] in manifest["packages"]["fabric_manager"]["nvlink5"]]
     if loose:
         pins.append({"packages": loose, "version": ""})
-    return {"name": "nvidia_driver", "repository": dict(source), "packages": packages, "pins": pins}
+    return {"name": "nvidia_driver", "repository": dict(source), "packages": packages, "pins": pins, "refuse_distribution": True}
 
 
 def kept(
@@ -233,6 +233,8 @@ def installed(
         "reboot": reboot_word(variables, node, True),
         "settings": {
             **settings_of(chosen, manifest["driver_family"], version, source, manifest),
+            # Packages of the user's choice may be the distribution's.
+            "refuse_distribution": not packages,
             "files": files,
             "services": [PERSISTENCE_UNIT, DEVICES_UNIT, *([FABRIC_UNIT] if fabric else [])],
             "kernel_module": "nvidia",
@@ -269,13 +271,7 @@ def decide(
     wanted = str(variables.get("nvidia_driver_version") or "")
     version = wanted or manifest["driver"]["version"]
     running = state.get("loaded", "")
-    fits = (
-        running
-        and not state.get("mismatch")
-        and numbers(running) >= numbers(line["minimum_driver"])
-        and not (state.get("open") is False and any(capability(gpu) >= BLACKWELL for gpu in cards))
-    )
-    if fits and not wanted:
+    if is_good(line, node) and not wanted:
         if not is_ours(node, manifest):
             found, advice = kept(variables, node, source, manifest, running)
             return {**result, **found}, advice

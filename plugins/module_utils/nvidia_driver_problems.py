@@ -18,8 +18,10 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     cuda_lines,
     driver_of,
     fabric_of,
+    is_good,
     manages,
     numbers,
+    without_packages,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
@@ -87,6 +89,10 @@ def version_problems(name: str, host: str, variables: Variables, node: Node, man
     if any(level >= BLACKWELL for level in levels) and branch < known["first_branch_for_blackwell"]:
         text = f"{variable} is {version}, but Blackwell GPUs need the branch {known['first_branch_for_blackwell']} or newer"
         problems.append(Problem(host, variable, text, cure))
+    if name and without_packages(node) and (variables.get(variable) or not is_good(manifest["lines"][name], node)):
+        text = f"the driver {driver_of(node)['installed']} was not installed as packages, which would overwrite it half"
+        cure = "remove it (nvidia-uninstall for NVIDIA's runfile) and reboot, or set nvidia_driver_manage: false"
+        problems.append(Problem(host, "nvidia_driver_manage", text, cure))
     return problems
 
 

@@ -14,6 +14,8 @@ Variables = t.Mapping[str, t.Any]
 
 TURING = 75
 BLACKWELL = 100
+# Beginnings of the names of the packages with a driver's libraries: NVIDIA's and Debian's, Ubuntu's, Debian's older branches.
+LIBRARIES = ("libnvidia-ml", "libnvidia-compute", "libnvidia-tesla")
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -46,6 +48,20 @@ def chosen_gpus(variables: Variables, node: Node) -> list[dict[str, t.Any]]:
 def driver_of(node: Node) -> dict[str, t.Any]:
     """Return the driver's state of a node."""
     return dict((node.get("hardware") or {}).get("driver") or {})
+
+
+def is_good(line: Manifest, node: Node) -> bool:
+    """Return whether the driver that runs is new enough for a line, whole, and one that the GPUs work with."""
+    state = driver_of(node)
+    proprietary = state.get("open") is False and any(capability(gpu) >= BLACKWELL for gpu in gpus_of(node))
+    running = str(state.get("loaded") or "")
+    return bool(running) and not state.get("mismatch") and numbers(running) >= numbers(line["minimum_driver"]) and not proprietary
+
+
+def without_packages(node: Node) -> bool:
+    """Return whether a driver's libraries lie on a node that no package has brought, as NVIDIA's runfile leaves it."""
+    owners = [name for name, entry in packages_of(node).items() if name.startswith(LIBRARIES) and entry.get("state") != "config-files"]
+    return bool(driver_of(node).get("installed")) and not owners
 
 
 def cuda_lines(manifest: Manifest) -> list[str]:

@@ -43,6 +43,7 @@ class Package(t.NamedTuple):
     slow: bool = False
     conflicts: str = ""
     size_kib: int = 0
+    conffile: str = ""
 
 
 def driver(version: str) -> list[Package]:
@@ -53,7 +54,7 @@ def driver(version: str) -> list[Package]:
         Package("libnvidia-ptxjitcompiler1", version),
         Package("libnvidia-ml1", version),
         Package("nvidia-smi", version, f"libnvidia-ml1 {same}"),
-        Package("nvidia-modprobe", version),
+        Package("nvidia-modprobe", version, conffile="/etc/nvidia-stand-in.conf"),
         Package("firmware-nvidia-gsp", version),
         Package("nvidia-kernel-open-dkms", version, f"firmware-nvidia-gsp {same}", slow=True, conflicts="nvidia-kernel-dkms"),
         Package("nvidia-kernel-dkms", version, f"firmware-nvidia-gsp {same}", slow=True, conflicts="nvidia-kernel-open-dkms"),
@@ -106,6 +107,11 @@ def build(package: Package, folder: Path) -> Path:
         unit = tree / "usr/lib/systemd/system" / package.service
         unit.parent.mkdir(parents=True)
         unit.write_text(SERVICE.format(name=package.name))
+    if package.conffile:
+        file = tree / package.conffile.lstrip("/")
+        file.parent.mkdir(parents=True)
+        file.write_text(f"# as {package.version} ships it\n")
+        (tree / "DEBIAN" / "conffiles").write_text(f"{package.conffile}\n")
     note = tree / "usr/share/doc" / package.name / "version"
     note.parent.mkdir(parents=True)
     note.write_text(f"{package.version}\n")
@@ -141,9 +147,10 @@ class Key:
 class Repository:
     """A folder that is a flat apt repository."""
 
-    def __init__(self, folder: Path, key: Key) -> None:
+    def __init__(self, folder: Path, key: Key, origin: str = "NVIDIA") -> None:
         folder.mkdir(parents=True)
         self.folder = folder
+        self.origin = origin
         self.key = key
         self.sign_with(key)
 
@@ -153,6 +160,7 @@ class Repository:
         offered = self.folder / "key.pub"
         if not offered.exists():
             offered.write_bytes(key.public())
+            (self.folder / "key.gpg").write_bytes(key.gpg("--export", key.fingerprint))
 
     def offer(self, packages: t.Iterable[Package]) -> None:
         """Offer exactly these packages."""
@@ -179,7 +187,7 @@ class Repository:
             data = (self.folder / name).read_bytes()
             sums.append(f" {hashlib.sha256(data).hexdigest()} {len(data)} {name}")
         date = subprocess.run(["date", "-Ru"], check=True, stdout=subprocess.PIPE, text=True).stdout.strip().replace("+0000", "UTC")
-        text = "\n".join(["Origin: Test", "Label: Test", "Architectures: amd64 all", f"Date: {date}", "SHA256:", *sums]) + "\n"
+        text = "\n".join([f"Origin: {self.origin}", f"Label: {self.origin}", "Architectures: amd64 all", f"Date: {date}", "SHA256:", *sums]) + "\n"
         (self.folder / "Release").write_text(text)
         self.key.gpg("--local-user", self.key.fingerprint, "--clearsign", "--output", str(self.folder / "InRelease"), str(self.folder / "Release"))
 

@@ -57,14 +57,15 @@ class Nodes:
         with concurrent.futures.ThreadPoolExecutor(len(NAMES)) as pool:
             return dict(pool.map(one, NAMES))
 
-    def module_words(self, settings: Answer, check: bool = False) -> list[str]:
+    def module_words(self, settings: Answer, check: bool = False, **options: t.Any) -> list[str]:
         """Return the command that runs the module on every node."""
-        words = ["ansible", "train", "-i", str(INVENTORY), "-m", "onprem.torch.nvidia_packages", "-a", json.dumps({"settings": settings})]
+        asked = json.dumps({"settings": settings, **options})
+        words = ["ansible", "train", "-i", str(INVENTORY), "-m", "onprem.torch.nvidia_packages", "-a", asked]
         return [*words, "--check", "--diff"] if check else words
 
-    def bring(self, settings: Answer, check: bool = False) -> list[Answer]:
+    def bring(self, settings: Answer, check: bool = False, **options: t.Any) -> list[Answer]:
         """Run the module on every node and return the answers."""
-        done = ansible(*self.module_words(settings, check), **JSON_OUTPUT)
+        done = ansible(*self.module_words(settings, check, **options), **JSON_OUTPUT)
         try:
             answers: dict[str, Answer] = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
         except (ValueError, LookupError) as error:
@@ -95,11 +96,12 @@ class Nodes:
     def clean(self) -> None:
         """Remove every trace of an earlier test, whatever it was interrupted in."""
         self.run(
-            "rm -f /run/slow-build /run/broken-build /etc/asks-for-reboot; "
+            "systemctl stop stranger 2>/dev/null; apt-get clean; rm -f /run/slow-build /run/broken-build /etc/asks-for-reboot; "
             "pkill -9 -x dpkg; pkill -9 -x apt-get; dpkg --configure -a --force-confold >/dev/null 2>&1; "
             "apt-mark showhold | xargs -r apt-mark unhold >/dev/null; "
             "dpkg-query -W -f '${Package}\\n' | grep -E 'nvidia|^libcuda|^libnccl|^cuda-|^linux-headers-' | xargs -r dpkg --purge --force-all >/dev/null 2>&1; "
-            "rm -rf /etc/apt/preferences.d/onprem-torch-* /etc/apt/sources.list.d/onprem-torch-* /etc/apt/keyrings/onprem-torch-* "
+            "rm -rf /etc/apt/sources.list.d/*stranger* /etc/apt/preferences.d/nvidia-driver-pin /usr/share/keyrings/stranger* /etc/nvidia-stand-in.conf* "
+            "/etc/apt/preferences.d/*onprem-torch-* /etc/apt/sources.list.d/onprem-torch-* /etc/apt/keyrings/onprem-torch-* "
             "/etc/modprobe.d/onprem* /etc/systemd/system/*onprem-torch-* /etc/systemd/system/*/onprem-torch-* /etc/nccl.conf "
             "/etc/security/limits.d/onprem* /etc/systemd/logind.conf.d/onprem* "
             "/var/lib/apt/lists/198.18.65* /var/lib/onprem.torch /run/reboot-required*; systemctl daemon-reload"
@@ -142,12 +144,22 @@ class Source(t.NamedTuple):
     settings: dict[str, str]
 
 
-@pytest.fixture
-def source(lab: Nodes, keys: tuple[apt_repository.Key, ...], tmp_path: Path) -> t.Iterator[Source]:
-    """Serve an empty repository on the bridge."""
-    repository = apt_repository.Repository(tmp_path / "repo", keys[0])
+def served(repository: apt_repository.Repository) -> t.Iterator[Source]:
+    """Serve a repository on the bridge."""
     server, port = apt_repository.serve(repository.folder, BRIDGE)
     url = f"http://{BRIDGE}:{port}/"
-    yield Source(repository, {"url": url, "key_url": f"{url}key.pub", "key_fingerprint": keys[0].fingerprint})
+    yield Source(repository, {"url": url, "key_url": f"{url}key.pub", "key_fingerprint": repository.key.fingerprint})
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def source(lab: Nodes, keys: tuple[apt_repository.Key, ...], tmp_path: Path) -> t.Iterator[Source]:
+    """Serve an empty repository like NVIDIA's."""
+    yield from served(apt_repository.Repository(tmp_path / "repo", keys[0]))
+
+
+@pytest.fixture
+def distribution(lab: Nodes, keys: tuple[apt_repository.Key, ...], tmp_path: Path) -> t.Iterator[Source]:
+    """Serve an empty repository that says of itself that it is the distribution's own."""
+    yield from served(apt_repository.Repository(tmp_path / "distribution", keys[1], origin="Debian"))

@@ -13,48 +13,7 @@ import conftest
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import nvidia
 from builders import MANIFEST
-
-OLD, NEW = "580.105.08-1", "580.159.03-1ubuntu1"
-UPGRADE = "DEBIAN_FRONTEND=noninteractive apt-get --yes full-upgrade"
-# Only the new repository is asked, so that the nodes' other packages stay as they are.
-UPDATE = "apt-get -o Dir::Etc::SourceList=/etc/apt/sources.list.d/onprem-torch-nvidia.sources -o Dir::Etc::SourceParts=/dev/null update"
-PACKAGES = ("nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager")
-FAMILY = ["nvidia-*", "libnvidia-*", "libcuda1", "firmware-nvidia-*"]
-WHOLE = {package.name for package in apt_repository.driver(OLD)} - {"nvidia-kernel-dkms"}
-
-
-def driver(source: conftest.Source, version: str = "580.105.08", **changes: t.Any) -> dict[str, t.Any]:
-    """Return the settings of the driver as the plan gives them."""
-    return {
-        "name": "nvidia_driver",
-        "repository": source.settings,
-        "packages": [{"name": name, "version": f"{version}-*"} for name in PACKAGES],
-        "pins": [{"packages": FAMILY, "version": f"{version}-*"}],
-        "files": {"/etc/modprobe.d/onprem-torch-nouveau.conf": "blacklist nouveau\n"},
-        "services": ["nvidia-persistenced.service", "nvidia-fabricmanager.service"],
-        **changes,
-    }
-
-
-def library(source: conftest.Source, version: str) -> dict[str, t.Any]:
-    """Return the settings of NCCL as the plan gives them."""
-    names = ["libnccl2", "libnccl-dev"]
-    packages = [{"name": name, "version": version} for name in names]
-    return {"name": "nccl", "repository": source.settings, "packages": packages, "pins": [{"packages": names, "version": version}]}
-
-
-def succeeded(answers: list[dict[str, t.Any]], changed: bool = True) -> list[dict[str, t.Any]]:
-    for answer in answers:
-        assert not answer.get("failed"), answer.get("msg")
-        assert answer["changed"] is changed, answer.get("diff")
-    return answers
-
-
-def refused(answers: list[dict[str, t.Any]]) -> list[str]:
-    for answer in answers:
-        assert answer.get("failed"), answer
-        assert "Traceback" not in answer["msg"]
-    return [str(answer["msg"]) for answer in answers]
+from sets import NEW, OLD, PACKAGES, UPDATE, UPGRADE, WHOLE, driver, library, refused, succeeded
 
 
 def test_install_then_nothing_to_do(nodes, source):
@@ -82,7 +41,7 @@ def test_a_full_upgrade_leaves_the_set_alone(nodes, source):
     source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
     nodes.run(f"{UPDATE} && {UPGRADE}")
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "pinned and held"
-    for text in nodes.run(f"rm /etc/apt/preferences.d/onprem-torch-* && {UPGRADE}").values():
+    for text in nodes.run(f"rm /etc/apt/preferences.d/*onprem-torch-* && {UPGRADE}").values():
         assert "kept back" in text
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2, "held alone"
     nodes.run(f"apt-mark showhold | xargs apt-mark unhold && {UPGRADE}")
@@ -123,7 +82,7 @@ def test_sets_beside_each_other_keep_their_own_through_a_full_upgrade(nodes, sou
     source.repository.offer([*apt_repository.nccl(nccl), *apt_repository.toolkit("13.0", tools), *offered])
     nodes.run(f"{UPDATE} && {UPGRADE}")
     assert nodes.versions() == [both] * 2, "parts of the toolkit too"
-    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && rm /etc/apt/preferences.d/onprem-torch-* && {UPGRADE}")
+    nodes.run(f"apt-mark showhold | xargs apt-mark unhold && rm /etc/apt/preferences.d/*onprem-torch-* && {UPGRADE}")
     assert nodes.versions() == [newer] * 2, "the newer ones were really on offer"
 
 
@@ -203,7 +162,7 @@ def test_somebody_elses_hold_is_respected(nodes, source):
     source.repository.offer([*apt_repository.nccl(old), *apt_repository.nccl(new)])
     succeeded(nodes.bring(library(source, old)))
     # Without our pins the holds are somebody else's.
-    nodes.run("rm /etc/apt/preferences.d/onprem-torch-nccl.pref")
+    nodes.run("rm /etc/apt/preferences.d/00-onprem-torch-nccl.pref")
     for message in refused(nodes.bring(library(source, new))):
         assert f"libnccl2 is held at {old}, but {new} is wanted" in message and "apt-mark unhold libnccl-dev libnccl2" in message
     assert nodes.versions() == [{"libnccl2": old, "libnccl-dev": old}] * 2

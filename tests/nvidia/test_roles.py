@@ -188,7 +188,7 @@ def test_the_first_node_is_back_with_its_driver_before_the_next_one_gets_it(node
     # Both nodes have the clock of one kernel.
     first, last = conftest.NAMES
     back = int(nodes.run("date --date \"$(systemctl show --value --property=UserspaceTimestamp)\" +%s")[first])
-    began = int(nodes.run("stat --format %Y /etc/apt/preferences.d/onprem-torch-nvidia_driver.pref")[last])
+    began = int(nodes.run("stat --format %Y /etc/apt/preferences.d/00-onprem-torch-nvidia_driver.pref")[last])
     assert began >= back, "the second node waited"
 
 

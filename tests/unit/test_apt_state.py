@@ -128,9 +128,32 @@ def test_packages_of_interest_are_told_with_what_is_half_done():
 def test_own_pins_are_read_from_our_files_only(tmp_path):
     folder = tmp_path / "etc/apt/preferences.d"
     folder.mkdir(parents=True)
-    (folder / "onprem-torch-nccl.pref").write_text(apt_state.preferences([{"packages": ["libnccl2", "libnccl-dev"], "version": "1"}]))
+    (folder / "00-onprem-torch-nccl.pref").write_text(apt_state.preferences([{"packages": ["libnccl2", "libnccl-dev"], "version": "1"}]))
     (folder / "other.pref").write_text("Package: vim\nPin: version 1\nPin-Priority: 1001\n")
     assert apt_state.own_pins(str(tmp_path)) == ["libnccl2", "libnccl-dev"]
+
+
+def test_of_a_package_that_the_repository_has_only_its_own_versions_count():
+    text = "libcuda1 | 580.105.08-4 | http://deb.debian.org/debian trixie/non-free amd64 Packages\nlibcuda1 | 580.105.08-1 | http://nv/x  Packages\n"
+    text += "dkms | 3.0.10-8 | http://deb.debian.org/debian trixie/main amd64 Packages\n"
+    assert apt_state.parse_madison(text, "http://nv/x/") == {"libcuda1": ["580.105.08-1"], "dkms": ["3.0.10-8"]}
+    assert apt_state.parse_madison(text, "http://nv/") == apt_state.parse_madison(text)
+    assert apt_state.parse_madison("a | 1 | file:/srv/x  Packages\na | 2 | http://x  Packages\n", "file:///srv/x/") == {"a": ["1"]}
+    assert apt_state.parse_madison(text) == {"libcuda1": ["580.105.08-4", "580.105.08-1"], "dkms": ["3.0.10-8"]}
+
+
+def test_the_distributions_packages_are_refused_before_a_version_is_preferred():
+    pins = [{"packages": ["libcuda1", "nvidia-*"], "version": "580.105.08-*"}, {"packages": ["nvlsm"], "version": ""}]
+    first, second, third = apt_state.preferences(pins, refuse_distribution=True).split("\n\n")
+    assert first.endswith("Package: libcuda1 nvidia-*\nPin: release o=/^(Debian|Ubuntu|LP-PPA-)/\nPin-Priority: -1")
+    assert second == "Package: libcuda1 nvidia-*\nPin: version 580.105.08-*\nPin-Priority: 1001"
+    assert third == "Package: nvlsm\nPin: version *\nPin-Priority: 500\n"
+    assert "release" not in apt_state.preferences(pins)
+
+
+def test_sources_that_apt_could_not_read():
+    assert apt_state.unreadable_sources("E: Conflicting values set for option Signed-By\nE: The list of sources could not be read.\n")
+    assert not apt_state.unreadable_sources("N: Unable to locate package x\n")
 
 
 def test_what_a_set_pins_no_more_is_released():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hardware_trees as trees
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import gpu_names, hardware, nvidia, nvidia_facts, pytorch_plan
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, gpu_names, hardware, nvidia, nvidia_facts, pytorch_plan
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from builders import MANIFEST, RELEASE, host, node
 
@@ -49,15 +49,21 @@ def names(decision):
         (A100, TRIXIE, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced", "nvidia-fabricmanager"], True),
         (L40S, DEBIAN, "open", ["nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"], False),
         (V100, DEBIAN, "proprietary", ["nvidia-driver-cuda", "nvidia-kernel-dkms", "nvidia-persistenced"], False),
-        (H100, NOBLE, "open", ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-fabricmanager"], True),
+        (
+            H100,
+            NOBLE,
+            "open",
+            ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced", "nvidia-fabricmanager"],
+            True,
+        ),
         (
             B200,
             NOBLE,
             "open",
-            ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-fabricmanager", "nvlsm"],
+            ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced", "nvidia-fabricmanager", "nvlsm"],
             True,
         ),
-        (V100, JAMMY, "proprietary", ["nvidia-headless-580", "nvidia-utils-580", "nvidia-compute-utils-580"], False),
+        (V100, JAMMY, "proprietary", ["nvidia-headless-580", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced"], False),
     ],
 )
 def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, machine, distribution, modules, packages, fabric):
@@ -422,6 +428,9 @@ def test_packages_of_the_users_choice(tmp_path):
         {"name": "cuda-drivers", "version": "580.65.06-1"},
         {"name": "linux-headers-amd64", "version": ""},
     ]
+    # They may be the distribution's, whose packages are kept away otherwise.
+    assert not decision["driver"]["settings"]["refuse_distribution"]
+    assert decide(found(tmp_path / "other", H100))[1]["driver"]["settings"]["refuse_distribution"]
 
 
 def test_a_cpu_cluster_is_asked_for_nothing(tmp_path):
@@ -700,6 +709,64 @@ def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):
 def test_the_fabric_manager_has_the_name_and_version_of_its_driver(tmp_path, version, distribution, name):
     _line, decision, problems = decide(found(tmp_path, H100, distribution), nvidia_driver_version=version, cuda_version="12.9")
     assert problems == [] and {"name": name, "version": f"{version}-*"} in decision["driver"]["settings"]["packages"]
+
+
+@pytest.mark.parametrize(
+    ("version", "packages"),
+    [
+        ("570.211.01", ["nvidia-headless-570-open", "nvidia-utils-570", "nvidia-compute-utils-570"]),
+        ("580.105.08", ["nvidia-headless-580-open", "nvidia-utils-580", "nvidia-compute-utils-580", "nvidia-persistenced"]),
+        ("595.71.05", ["nvidia-headless-open", "nvidia-modprobe", "nvidia-persistenced"]),
+    ],
+)
+def test_ubuntus_packages_have_the_names_of_their_branch(tmp_path, version, packages):
+    _line, decision, problems = decide(found(tmp_path, L40S, NOBLE), nvidia_driver_version=version, cuda_version="12.6")
+    assert problems == [] and names(decision) == ["linux-headers-6.1.0-30-amd64", *packages]
+
+
+@pytest.mark.parametrize(
+    ("running", "variables", "refused"),
+    [
+        ("535.54.03", {}, True),
+        ("580.159.04", {"nvidia_driver_version": "580.105.08"}, True),
+        ("580.159.04", {}, False),
+        ("535.54.03", {"nvidia_driver_manage": False, "cuda_version": "12.6"}, False),
+    ],
+)
+@pytest.mark.parametrize("library", ["libnvidia-ml1", "libnvidia-compute-535", "libnvidia-tesla-535-ml1"])
+def test_a_driver_that_no_package_has_brought_is_not_overwritten(tmp_path, running, variables, refused, library):
+    findings = found(tmp_path, {**L40S, "driver": running})
+    findings["hardware"]["driver"]["installed"] = running
+    _line, _decision, problems = decide(findings, **variables)
+    assert ["was not installed as packages" in problem and "nvidia-uninstall" in problem for problem in problems] == [True] * refused
+    # With packages it is an older driver like any other.
+    findings["packages"] = {library: {"version": f"{running}-1", "want": "install", "flag": "ok", "state": "installed"}}
+    assert decide(findings, **variables)[2] == []
+
+
+FAMILY = {
+    # As NVIDIA's repositories have them (Debian's of 560, Ubuntu's of 595), but for programs with a desktop.
+    "firmware-nvidia-gsp libegl-nvidia0 libgl1-nvidia-glvnd-glx libgles-nvidia1 libgles-nvidia2 libglx-nvidia0 libnvidia-allocator1 libnvidia-cfg1 "
+    "libnvidia-eglcore libnvidia-encode1 libnvidia-fbc1 libnvidia-glcore libnvidia-glvkspirv libnvidia-gpucomp libnvidia-ml1 libnvidia-nvvm4 "
+    "libnvidia-opticalflow1 libnvidia-pkcs11 libnvidia-ptxjitcompiler1 libnvidia-rtcore libnvidia-vksc-core nvidia-cuda-mps nvidia-driver "
+    "nvidia-driver-bin nvidia-driver-cuda nvidia-driver-libs nvidia-egl-common nvidia-egl-icd nvidia-kernel-open-dkms nvidia-kernel-dkms "
+    "nvidia-kernel-support nvidia-modprobe nvidia-opencl-icd nvidia-persistenced nvidia-smi nvidia-suspend-common nvidia-vdpau-driver "
+    "nvidia-vulkan-common nvidia-vulkan-icd nvidia-xconfig xserver-xorg-video-nvidia libcuda1 cuda-drivers nvidia-open": True,
+    "nvidia-kernel-source nvidia-kernel-source-open nvidia-kernel-common-580 nvidia-dkms nvidia-dkms-open nvidia-firmware nvidia-driver-open nvidia-drivers "
+    "nvidia-driver-580-open nvidia-headless nvidia-headless-open nvidia-headless-no-dkms-open libnvidia-compute libnvidia-gl libnvidia-decode "
+    "libnvidia-common libnvidia-extra libnvidia-nscq libnvsdm nvidia-fabricmanager nvidia-fabricmanager-dev nvidia-imex nvlink5": True,
+    # Versions of their own, or nothing to do with the driver.
+    "nvidia-driver-pinning-580 nvidia-driver-pinning-580.105.08 nvidia-driver-assistant firmware-nvidia-graphics nvidia-kernel-common nvlsm libxnvctrl0 "
+    "libnvidia-container1 libnvidia-container-tools nvidia-container-toolkit libnvidia-egl-wayland1 libnvidia-egl-gbm1 nvidia-support nvidia-fs nvidia-gds "
+    "nvidia-vaapi-driver datacenter-gpu-manager": False,
+}
+
+
+@pytest.mark.parametrize(("packages", "member"), FAMILY.items(), ids=["debian", "ubuntu", "others"])
+def test_who_belongs_to_the_drivers_family(packages, member):
+    state = {name: {"want": "install", "flag": "ok", "state": "installed", "version": "1"} for name in packages.split()}
+    mine = apt_state.family(state, [{"packages": MANIFEST["driver_family"], "version": "580.105.08-*"}])
+    assert set(mine) == (set(state) if member else set())
 
 
 @pytest.mark.parametrize("distribution", [DEBIAN, TRIXIE, JAMMY, NOBLE], ids=lambda entry: entry["version"])
