@@ -75,6 +75,8 @@ class Apt:
             "--no-install-recommends",
             "--allow-downgrades",
             "--allow-change-held-packages",
+            # The newest headers would bring the newest kernel along, since both are of one source package.
+            *("-o", "APT::Get::Upgrade-By-Source-Package=false"),
             *("-o", "Dpkg::Options::=--force-confdef", "-o", "Dpkg::Options::=--force-confold"),
         ]
 

@@ -84,8 +84,14 @@ def toolkit(line: str, version: str) -> list[Package]:
     return [Package(f"cuda-toolkit-{dashed}", version, f"cuda-nvcc-{dashed}"), Package(f"cuda-nvcc-{dashed}", version)]
 
 
-def build(package: Package, folder: Path) -> Path:
-    """Build a package and return its file."""
+def build(package: Package, folder: Path, fill: t.Callable[[Path], None] = lambda tree: None) -> Path:
+    """Build a package and return its file.
+
+    Args:
+        package: what it is.
+        folder: where its file will lie.
+        fill: puts further files into the package's tree.
+    """
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     (tree / "DEBIAN").mkdir(parents=True)
@@ -115,6 +121,7 @@ def build(package: Package, folder: Path) -> Path:
     note = tree / "usr/share/doc" / package.name / "version"
     note.parent.mkdir(parents=True)
     note.write_text(f"{package.version}\n")
+    fill(tree)
     target = folder / f"{package.name}_{package.version}_all.deb"
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(tree), str(target)], check=True, stdout=subprocess.DEVNULL)
     shutil.rmtree(tree)
