@@ -13,13 +13,14 @@ import faults
 import host
 import nccl_log
 import nccl_tests
+import packages
 from host import BUILD, HOSTS, ROOT
 from job import FOREVER, Job
 from machines import Hall, run
 from overhead import pairs
 from plain import stop
 
-ALL = ("machine", "lab", "plan", "provision", "verify", "train", "faults", "overhead", "release", "slow", "single", "compare")
+ALL = ("machine", "lab", "plan", "packages", "provision", "verify", "train", "faults", "overhead", "release", "slow", "single", "compare")
 NEEDED = ("lab", "plan", "provision")   # without these nothing after them makes sense
 AWAY = 5            # seconds for which a node stays off
 PAIRS, SECONDS = 3, 6.0
@@ -91,6 +92,10 @@ class Run:
         shown = [line.strip() for line in text.splitlines()]
         self.environment = self.variables()
         return {"lines": [line for line in shown if line and not re.match(r"PLAY|TASK|ok:|changed:|\S+ +: ok=", line)][:40]}
+
+    def packages(self):
+        """The roles that install packages, by the apt of this machine's distribution."""
+        return packages.installed(self)
 
     def variables(self):
         """The environment that the inventory gives processes on this machine's GPUs."""

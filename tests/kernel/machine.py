@@ -62,7 +62,7 @@ chroot "$1" make --silent -C "/lib/modules/$kernel/build" M=/usr/src/onprem_gpu-
 chroot "$1" apt-get --quiet=2 --autoremove purge "linux-headers-$kernel"
 chroot "$1" depmod "$kernel"
 echo onprem_gpu >"$1/etc/modules-load.d/onprem_gpu.conf"
-sed -i 's/^MODULES=.*/MODULES=list/' "$1/etc/initramfs-tools/initramfs.conf"
+sed -i 's/^MODULES=.*/MODULES=list/; s/^# COMPRESSLEVEL=.*/COMPRESSLEVEL=1/' "$1/etc/initramfs-tools/initramfs.conf"
 printf '%s\\n' {' '.join(DRIVERS)} >>"$1/etc/initramfs-tools/modules"
 chroot "$1" update-initramfs -u
 printf 'deb {ARCHIVE} {SUITE} main\\ndeb {SECURITY} {SUITE}-security main\\n' >"$1/etc/apt/sources.list"

@@ -29,7 +29,8 @@ def test_one_run_with_one_reboot_makes_it_right(site):
     text = site.playbook("provision")
     assert site.guest.boots == boots + 1, "one reboot"
     assert "Reboot into the driver" in text
-    assert site.guest.shell("ls /lib/modules; uname -r").split() == [kernel, kernel], "the newest headers bring no newer kernel along"
+    kernels = site.guest.shell("ls /boot | grep vmlinuz-; uname -r").split()
+    assert kernels == [f"vmlinuz-{kernel}", kernel], "the newest headers bring no newer kernel along"
     assert site.loaded() == number(OLD) and site.loaded("nvidia_uvm") == number(OLD)
     assert site.guest.shell("ls -d /sys/module/nouveau 2>/dev/null || true") == "", "nouveau gave way"
     assert site.guest.shell(f"basename $(readlink {GPU}/driver)").strip() == "nvidia", "the driver has the GPU"
@@ -69,7 +70,7 @@ def test_one_variable_changes_version_and_kind_with_one_reboot(site, modules):
 def test_a_kernel_upgrade_brings_the_driver_along(site):
     before = site.guest.shell("uname -r").strip()
     site.guest.shell("DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 update && DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 --yes full-upgrade")
-    if len(site.guest.shell("ls /boot").split("vmlinuz-")) < 3:
+    if len(site.guest.shell("ls /boot | grep vmlinuz-").split()) < 2:
         pytest.skip("Debian has no newer kernel among its security updates now")
     site.guest.reboot()
     assert site.guest.shell("uname -r").strip() != before, "the newer kernel runs"

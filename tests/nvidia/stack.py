@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTIONS = {
     "debian-12": {"id": "debian", "version": "12", "name": "Debian GNU/Linux 12 (bookworm)"},
     "debian-13": {"id": "debian", "version": "13", "name": "Debian GNU/Linux 13 (trixie)"},
+    "ubuntu-22.04": {"id": "ubuntu", "version": "22.04", "name": "Ubuntu 22.04 LTS"},
+    "ubuntu-24.04": {"id": "ubuntu", "version": "24.04", "name": "Ubuntu 24.04 LTS"},
 }
 
 
