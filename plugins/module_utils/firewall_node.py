@@ -20,9 +20,6 @@ Run = Callable[..., "tuple[int, str, str]"]
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 
-BUS = "org.fedoraproject.FirewallD1"
-
-
 class NodeError(Exception):
     """A command of the node failed; the text is one sentence."""
 
@@ -176,18 +173,18 @@ class Node:
                     return f"{program}: {line}"
         return None
 
-    def bus(self, interface: str, method: str, *arguments: str, path: str = "/org/fedoraproject/FirewallD1") -> Any:
+    def bus(self, interface: str, method: str, *arguments: str, path: str = firewalld.BUS_PATH) -> Any:
         """The answer of firewalld to a call over D-Bus. Raises NodeError.
 
         busctl takes milliseconds, firewall-cmd a sixth of a second each time.
         """
-        out = self.command(["busctl", "--json=short", "call", BUS, path, BUS + interface, method, *arguments])
+        out = self.command(["busctl", "--json=short", "call", firewalld.BUS, path, firewalld.BUS + interface, method, *arguments])
         values = json.loads(out)["data"] if out.strip() else []
         return _plain(values[0]) if values else None
 
-    def bus_property(self, interface: str, name: str, path: str = "/org/fedoraproject/FirewallD1") -> str:
+    def bus_property(self, interface: str, name: str, path: str = firewalld.BUS_PATH) -> str:
         """A property of firewalld's, empty where this release has none of the name."""
-        out = self.command(["busctl", "--json=short", "get-property", BUS, path, BUS + interface, name], check=False)
+        out = self.command(["busctl", "--json=short", "get-property", firewalld.BUS, path, firewalld.BUS + interface, name], check=False)
         try:
             return str(json.loads(out)["data"])
         except (ValueError, KeyError):
@@ -197,7 +194,7 @@ class Node:
         """What firewalld says of itself and of our things. Raises NodeError."""
         numbers = re.findall(r"\d+", self.bus_property("", "version"))
         live = firewalld.Live(version=(int(numbers[0]), int(numbers[1])) if len(numbers) > 1 else (0, 0))
-        live.backend = self.bus_property(".config", "FirewallBackend", path="/org/fedoraproject/FirewallD1/config") or "nftables"
+        live.backend = self.bus_property(".config", "FirewallBackend", path=firewalld.BUS_PATH + "/config") or "nftables"
         if firewalld.POLICY in self.bus(".policy", "getPolicies"):
             settings = self.bus(".policy", "getPolicySettings", "s", firewalld.POLICY)
             live.rules = frozenset(settings.get("rich_rules", []))
@@ -208,25 +205,37 @@ class Node:
 
     def lost_by_reload(self) -> list[list[str]]:
         """Commands that bring back what firewalld forgets in a reload. Raises NodeError."""
-        config = "/org/fedoraproject/FirewallD1/config"
+        config = firewalld.BUS_PATH + "/config"
         if self.bus(".direct", "getAllRules") != self.bus(".config.direct", "getSettings", path=config)[1]:
             raise NodeError(
-                "firewalld holds direct rules that are not permanent, and the reload that new sets need would drop them; "
+                "firewalld holds direct rules that are not permanent, and the reload that a change needs would drop them; "
                 "keep them with `firewall-cmd --runtime-to-permanent`, or remove them."
             )
-        zones: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-        kept = set(self.bus(".config", "getZoneNames", path=config))
-        for name in self.bus(".zone", "getZones"):
-            now = self.bus(".zone", "getZoneSettings2", "s", name)
-            permanent = self.bus(".config.zone", "getSettings2", path=self.bus(".config", "getZoneByName", "s", name, path=config)) if name in kept else now
-            zones[name] = (now, permanent)
+        zones = self._now_and_permanent("zone", "getZones", "getZoneSettings2", "getZoneNames", "getZoneByName", "getSettings2")
+        policies = self._now_and_permanent("policy", "getPolicies", "getPolicySettings", "getPolicyNames", "getPolicyByName", "getSettings")
+        waiting = firewalld.loaded_by_reload("zone", zones) + firewalld.loaded_by_reload("policy", policies)
+        if waiting:
+            raise NodeError(
+                f"firewalld's permanent configuration holds what is not loaded yet ({', '.join(waiting)}), and the reload that a change needs would "
+                "load it; do so yourself with `firewall-cmd --reload`, or remove it."
+            )
         ipsets: dict[str, tuple[Iterable[str], Iterable[str]]] = {}
         kept = set(self.bus(".config", "getIPSetNames", path=config))
         for name in self.bus(".ipset", "getIPSets"):
             if name in kept and not OUR_SET.fullmatch(name):
                 path = self.bus(".config", "getIPSetByName", "s", name, path=config)
                 ipsets[name] = (self.bus(".ipset", "getEntries", "s", name), self.bus(".config.ipset", "getEntries", path=path))
-        return firewalld.lost_by_reload(zones, ipsets)
+        return firewalld.lost_by_reload(zones, policies, ipsets)
+
+    def _now_and_permanent(self, kind: str, names: str, settings: str, kept_names: str, by_name: str, kept_settings: str) -> dict[str, firewalld.Both]:
+        """All zones' or policies' settings, as they are and as they are kept; the arguments are firewalld's words for asking."""
+        config = firewalld.BUS_PATH + "/config"
+        kept = {
+            name: self.bus(f".config.{kind}", kept_settings, path=self.bus(".config", by_name, "s", name, path=config))
+            for name in self.bus(".config", kept_names, path=config)
+        }
+        live = {name: self.bus(f".{kind}", settings, "s", name) for name in self.bus(f".{kind}", names)}
+        return {name: (live.get(name), kept.get(name)) for name in {*live, *kept}}
 
     def ufw(self, enabled: bool) -> ufw.Live:
         """What the kernel holds of our rules in ufw's chains, and of our ipsets."""

@@ -99,16 +99,34 @@ def test_another_node_is_an_entry_and_no_reload():
 def test_what_a_reload_forgets_is_brought_back():
     now = {"services": ["ssh"], "ports": [["8080", "tcp"]], "rules_str": ['rule family="ipv4" source address="192.0.2.7" reject'], "masquerade": True}
     permanent = {"services": ["ssh", "http"], "forward_ports": [["80", "tcp", "8080", ""]]}
-    commands = firewalld.lost_by_reload({"public": (now, permanent)}, {"banned": (["192.0.2.9"], [])})
-    assert [" ".join(command[1:]) for command in commands] == [
+    zones = {
+        "public": (now, {**permanent, "interfaces": ["eth1", "eth2"]}),
+        "internal": ({"interfaces": ["eth0", "eth2"]}, {"interfaces": []}),
+    }
+    policies = {"mine": ({"ports": [["9999", "tcp"]], "ingress_zones": ["ANY"]}, {"ingress_zones": ["internal"]}), firewalld.POLICY: ({"rich_rules": ["x"]}, {})}
+    commands = firewalld.lost_by_reload(zones, policies, {"banned": (["192.0.2.9"], [])})
+    assert [" ".join(command[1:] if command[0] == "firewall-cmd" else command[-4:]) for command in commands] == [
+        "--zone=public --remove-interface=eth1",
         "--zone=public --remove-service=http",
+        "--zone=public --remove-forward-port=port=80:proto=tcp:toport=8080",
+        "--policy=mine --remove-ingress-zone=internal",
+        "changeZoneOfInterface ss internal eth0",
+        "changeZoneOfInterface ss internal eth2",
         "--zone=public --add-port=8080/tcp",
         '--zone=public --add-rich-rule=rule family="ipv4" source address="192.0.2.7" reject',
-        "--zone=public --remove-forward-port=port=80:proto=tcp:toport=8080",
         "--zone=public --add-masquerade",
+        "--policy=mine --add-port=9999/tcp",
+        "--policy=mine --add-ingress-zone=ANY",
         "--ipset=banned --add-entry=192.0.2.9",
     ]
-    assert firewalld.lost_by_reload({"public": (now, now)}, {}) == []
+    assert firewalld.lost_by_reload({"public": (now, now)}, {"mine": (now, now)}, {}) == []
+
+
+def test_what_a_reload_would_load_for_the_first_time_is_named():
+    block = {"target": "DROP", "priority": -200}
+    policies = {"block": (None, block), "same": (block, block), "other": ({"target": "CONTINUE", "priority": -200}, block), firewalld.POLICY: (None, block)}
+    assert firewalld.loaded_by_reload("policy", policies) == ["the policy block", "target DROP of the policy other"]
+    assert firewalld.loaded_by_reload("zone", {"temporary": (block, None)}) == []
 
 
 def test_everyone_is_two_halves():
