@@ -14,7 +14,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import firewall_firew
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_rollback as rollback
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
-from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import SSH_SOCKETS, Node, NodeError
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import OUR_SET
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job
 
@@ -39,7 +39,7 @@ class Request:
 def gather(node: Node) -> plan.Facts:
     """What the node has. Raises NodeError."""
     programs = frozenset(name for name in ("nft", "firewall-cmd", "ufw", "ipset") if node.which(name))
-    units = node.units(["firewalld.service", files.UNIT])
+    units = node.units(["firewalld.service", files.UNIT, *SSH_SOCKETS])
     paths = [
         *(path for path in node.listing(files.JOBS_DIR) if path.endswith(".json")),
         *node.listing(files.RULES_DIR),
@@ -54,13 +54,16 @@ def gather(node: Node) -> plan.Facts:
     firewalld_active = units.get("firewalld.service", {}).get("ActiveState") in ("active", "reloading", "activating")
     ufw_conf = node.read("/etc/ufw/ufw.conf") or ""
     ufw_enabled = "ufw" in programs and any(line.strip().lower() == "enabled=yes" for line in ufw_conf.splitlines())
+    ruleset = node.ruleset() if "nft" in programs else []
+    plain = not firewalld_active and not ufw_enabled
+    filters = (node.iptables_nft(ruleset) if plain else ruleset) + node.iptables_legacy()
     return plan.Facts(
         programs=programs,
-        ruleset=node.ruleset() if "nft" in programs else (),
+        ruleset=ruleset,
         firewalld_active=firewalld_active,
         ufw_enabled=ufw_enabled,
-        legacy=node.legacy_iptables_drops(),
-        management_ports=tuple(node.management_ports()),
+        filters=filters,
+        management_ports=tuple(node.management_ports(units)),
         kernel_range=node.kernel_range(),
         present=present,
         shared={path: text for path in ufw.RULES_FILES.values() for text in [node.read(path)] if text is not None},

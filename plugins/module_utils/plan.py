@@ -225,11 +225,13 @@ def make(
     problems += found
 
     nodes: dict[str, dict[str, t.Any]] = {}
+    links = {name: by_name[name].node.get("interfaces") or [] for name in order}
+    ends = {name: chosen.get(name, network.Endpoint("", "")) for name in order}
     for name in order:
         host = by_name[name]
         count, found = process_count(host)
         problems += found
-        end = chosen.get(name, network.Endpoint("", ""))
+        end = ends[name]
         torch = pytorch_plan.environment(host.variables, host.node, line, lock)
         nodes[name] = {
             "host": name,
@@ -273,10 +275,7 @@ def make(
         "cuda_version": str(line.get("name") or ""),
         "order": order,
         "nodes": nodes,
-        "peers": {
-            "ipv4": [node["address"] for node in nodes.values() if node["address"]],
-            "ipv6": [node["address6"] for node in nodes.values() if node["address6"]],
-        },
+        "peers": {f"ipv{version}": [text for name in order for text in network.addresses(ends[name], links[name], version)] for version in (4, 6)},
         "job": job,
         "fingerprint": digest({"shape": shape, "torch": [nodes[order[0]]["pytorch"][key] for key in ("requirements", "constraints", "lock_sha256")]}),
     }

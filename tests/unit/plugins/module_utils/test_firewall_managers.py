@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_checks as checks
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_iptables as iptables
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_sets as sets
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_spec as spec
@@ -145,12 +146,20 @@ JOB = spec.parse_job(**GOOD)
         ("ufw", {"programs": frozenset({"nft", "ufw"})}, "installed but not active"),
         ("nftables", {"firewalld_active": True, "programs": frozenset({"nft", "firewall-cmd"})}, "firewalld is active and decides"),
         ("auto", {"firewalld_active": True, "firewalld": firewalld.Live((1, 3), "iptables")}, "FirewallBackend=nftables"),
-        ("auto", {"legacy": "iptables-legacy: -P INPUT DROP"}, "legacy iptables"),
+        ("auto", {"filters": iptables.items("-P INPUT DROP", 4, iptables.LEGACY)}, "Rules of legacy iptables"),
+        ("auto", {"filters": iptables.items("-P INPUT DROP", 6, "filter")}, "Rules made with iptables"),
     ],
 )
 def test_a_node_that_cannot_be_served_is_refused_with_a_sentence(asked, change, sentence):
     with pytest.raises(spec.SpecError, match=sentence):
         plan.target(asked, [JOB], plan.Facts(**change))
+
+
+def test_rules_of_iptables_that_let_the_peers_in_are_left_alone():
+    text = "-P INPUT DROP\n-A INPUT -s {} -p tcp -m multiport --dports 29500:29600,32768:60999 -j ACCEPT"
+    let_in = iptables.items(text.format("198.18.0.0/24"), 4, "filter") + iptables.items(text.format("fd00::/64"), 6, iptables.LEGACY)
+    wanted = plan.target("auto", [JOB], plan.Facts(filters=let_in))
+    assert wanted.backend == "nftables" and not wanted.jumps and not wanted.guard
 
 
 @pytest.mark.parametrize(
