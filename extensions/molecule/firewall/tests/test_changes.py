@@ -84,21 +84,20 @@ def test_change_that_would_lock_out_is_rolled_back():
 def test_rules_that_lock_out_and_were_flushed_by_hand_stay_flushed():
     """The next run would load the administrator's rules again, which do not let SSH in."""
     locking = {
-        "ufw12": ("ufw delete allow 22/tcp", "ufw allow 22/tcp"),
-        "ufw13": ("ufw delete allow 22/tcp", "ufw allow 22/tcp"),
-        "fwd12": ("firewall-cmd --permanent --remove-service=ssh && firewall-cmd --remove-service=ssh", "firewall-cmd --permanent --add-service=ssh"),
+        "ufw12": "ufw delete allow 22/tcp",
+        "ufw13": "ufw delete allow 22/tcp",
+        "fwd12": "firewall-cmd --permanent --remove-service=ssh && firewall-cmd --remove-service=ssh",
     }
     nodes = [BY_NAME[name] for name in locking]
     on_all(lambda node: node.run("cp -p /etc/ufw/user*.rules /root/" if node.firewall == "ufw" else "cp -p /etc/firewalld/zones/public.xml /root/"), nodes)
     kept = on_all(lambda node: node.run("cat /etc/ufw/user.rules /etc/ufw/user6.rules /etc/firewalld/zones/public.xml 2>/dev/null; true"), nodes)
-    on_all(lambda node: node.run(f"{locking[node.name][0]}; nft flush ruleset"), nodes)
+    on_all(lambda node: node.run(f"{locking[node.name]}; nft flush ruleset"), nodes)
     assert len(nodes) == sum("gone from the kernel" in str(answer["differences"]) for answer in module({"state": "verified"}, ",".join(locking)).values())
     printed = converge("--limit", ",".join(locking), "-e", json.dumps({"firewall_rollback_after": WAIT}), works=False)
     on_all(Node.hang_up, nodes)
     for node in nodes:
         assert f"{node.name}: {ROLLED_BACK}" in printed, printed
         assert from_outsider(node.address, 22) == {22: "SSH-2"}
-    on_all(lambda node: node.run(locking[node.name][1]), nodes)
     on_all(lambda node: node.run("cp -p /root/user*.rules /etc/ufw/" if node.firewall == "ufw" else "cp -p /root/public.xml /etc/firewalld/zones/"), nodes)
     on_all(lambda node: node.run("ufw reload" if node.firewall == "ufw" else "systemctl restart firewalld"), nodes)
     on_all(restore_administrators_rules, nodes)
@@ -111,7 +110,21 @@ def start(*words: str) -> subprocess.Popen[str]:
     """Begin a run of the scenario's play."""
     command = [str(BIN / "ansible-playbook"), "-i", str(INVENTORY), str(SCENARIO / "converge.yml"), *words]
     environment = {**os.environ, "ANSIBLE_FORCE_COLOR": "0"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill(run: subprocess.Popen[str]) -> None:
+    """Kill a run as the power loss of its machine would: Ansible's workers are sessions of their own, and outlive it otherwise."""
+    parents = [line.split() for line in subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.splitlines()]
+    family = [str(run.pid)]
+    for pid in family:
+        family += [child for child, parent in parents if parent == pid]
+    for pid in family:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    run.wait()
 
 
 def test_a_run_that_is_killed_before_it_confirms_is_put_back_by_the_nodes():
@@ -121,8 +134,7 @@ def test_a_run_that_is_killed_before_it_confirms_is_put_back_by_the_nodes():
     run = start("-e", variables)
     watched = BY_NAME["fwd12"]
     watched.run(f"until [ -e {PENDING}/change ]; do sleep 0.02; done")
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    kill(run)
     pending = on_all(lambda node: node.run(f"cat {PENDING}/change || true", check=False))
     assert pending[watched.name]
     # Modules that were under way go on; each has started its timer first.
@@ -136,8 +148,7 @@ def test_a_run_that_is_killed_before_it_confirms_is_put_back_by_the_nodes():
     # The same once more, and the next run does not wait for the timers.
     run = start("-e", json.dumps(MONITORED))
     watched.run(f"until [ -e {PENDING}/change ]; do sleep 0.02; done")
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    kill(run)
     began = time.monotonic()
     converge()
     assert time.monotonic() - began < 45
