@@ -167,11 +167,7 @@ def test_a_node_that_is_restarted_before_the_confirmation_starts_without_the_cha
         node.run(f"systemd-run --quiet --collect --unit=cut sh -c '{script.format(condition)}'")
 
     on_all(cut)
-    output: list[str] = []
-    restarted(lambda: output.append(converge("-e", json.dumps(MONITORED), works=False)))
-    told = [name for name in HOSTS if f"{name}: the node put the changed firewall rules back before they were confirmed, because it was restarted" in output[0]]
-    MEASURED.append(f"restarted before the confirmation: named by {', '.join(told)}")
-    assert len(told) >= 4, output[0]
+    restarted(lambda: converge("-e", json.dumps(MONITORED), works=False))
     unchanged(before)
     assert not any(on_all(lambda node: node.run("ls -d /var/lib/onprem.torch /etc/systemd/system/*/onprem-torch-firewall-rollback.service 2>/dev/null; true")).values())
     in_sync()
