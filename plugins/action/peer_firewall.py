@@ -33,27 +33,26 @@ class ActionModule(ActionBase):
                 result["msg"] = " ".join(f"{host}: {problem}" for problem in result["problems"])
             return result
         if result.get("pending"):
-            result.update(self._confirmed(host, int(arguments.get("rollback_after") or 60), variables))
+            result.update(self._confirmed(host, result["change"], int(arguments.get("rollback_after") or 60), variables))
         return result
 
-    def _confirmed(self, host: str, rollback_after: int, variables: dict[str, Any]) -> dict[str, Any]:
+    def _confirmed(self, host: str, change: str, rollback_after: int, variables: dict[str, Any]) -> dict[str, Any]:
         """Drop the connection that the change was made over, confirm over a new one; keep trying until it is rolled back."""
         deadline = time.monotonic() + rollback_after + SLACK
         while True:
-            answer = self._ask(variables)
+            answer = self._ask(change, variables)
             if answer is not None and not answer.get("failed") and answer.get("rolled_back") is False:
                 return {"pending": False}
             if answer is not None and answer.get("rolled_back"):
-                return {
-                    "failed": True,
-                    "pending": False,
-                    "rolled_back": True,
-                    "msg": (
-                        f"{host}: no new SSH connection got through the changed firewall rules within {rollback_after} s, so the node put them back; "
-                        "see which address and port you come in by, and keep them apart from the job's ports and the ephemeral range "
-                        "(firewall_ephemeral_ports), or set firewall_protect to false."
-                    ),
-                }
+                reason = (
+                    f"no new SSH connection got through the changed firewall rules within {rollback_after} s, so the node put them back; "
+                    "see which address and port you come in by, and keep them apart from the job's ports and the ephemeral range "
+                    "(firewall_ephemeral_ports), or set firewall_protect to false."
+                    if answer.get("expired")
+                    else "the node put the changed firewall rules back before they were confirmed, "
+                    "because it was restarted or another run came in between; run it again."
+                )
+                return {"failed": True, "pending": False, "rolled_back": True, "msg": f"{host}: {reason}"}
             if time.monotonic() > deadline:
                 detail = (answer or {}).get("msg", "it does not answer")
                 return {
@@ -63,11 +62,11 @@ class ActionModule(ActionBase):
                 }
             time.sleep(1)
 
-    def _ask(self, variables: dict[str, Any]) -> Optional[dict[str, Any]]:
+    def _ask(self, change: str, variables: dict[str, Any]) -> Optional[dict[str, Any]]:
         """The module's answer to the confirmation over a new connection, None where the node cannot be reached."""
         try:
             self._connection.reset()
-            answer: dict[str, Any] = self._execute_module(module_name=MODULE, module_args={"state": "verified", "confirm": True}, task_vars=variables)
+            answer: dict[str, Any] = self._execute_module(module_name=MODULE, module_args={"state": "verified", "confirm": change}, task_vars=variables)
         except (AnsibleConnectionFailure, AnsibleError):
             return None
         return None if answer.get("unreachable") else answer

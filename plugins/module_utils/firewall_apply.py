@@ -4,20 +4,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
-import shutil
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_rollback as rollback
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
-from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import SSH_SOCKETS, Node, NodeError
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import OUR_SET
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job
 
@@ -42,7 +39,7 @@ class Request:
 def gather(node: Node) -> plan.Facts:
     """What the node has. Raises NodeError."""
     programs = frozenset(name for name in ("nft", "firewall-cmd", "ufw", "ipset") if node.which(name))
-    units = node.units(["firewalld.service", files.UNIT])
+    units = node.units(["firewalld.service", files.UNIT, *SSH_SOCKETS])
     paths = [
         *(path for path in node.listing(files.JOBS_DIR) if path.endswith(".json")),
         *node.listing(files.RULES_DIR),
@@ -57,13 +54,16 @@ def gather(node: Node) -> plan.Facts:
     firewalld_active = units.get("firewalld.service", {}).get("ActiveState") in ("active", "reloading", "activating")
     ufw_conf = node.read("/etc/ufw/ufw.conf") or ""
     ufw_enabled = "ufw" in programs and any(line.strip().lower() == "enabled=yes" for line in ufw_conf.splitlines())
+    ruleset = node.ruleset() if "nft" in programs else []
+    plain = not firewalld_active and not ufw_enabled
+    filters = (node.iptables_nft(ruleset) if plain else ruleset) + node.iptables_legacy()
     return plan.Facts(
         programs=programs,
-        ruleset=node.ruleset() if "nft" in programs else (),
+        ruleset=ruleset,
         firewalld_active=firewalld_active,
         ufw_enabled=ufw_enabled,
-        legacy=node.legacy_iptables_drops(),
-        management_ports=tuple(node.management_ports()),
+        filters=filters,
+        management_ports=tuple(node.management_ports(units)),
         kernel_range=node.kernel_range(),
         present=present,
         shared={path: text for path in ufw.RULES_FILES.values() for text in [node.read(path)] if text is not None},
@@ -119,9 +119,7 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
 
 def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
     """The module's result. Raises SpecError and NodeError."""
-    with _lock(check_mode or request.state == "verified") as may_change:
-        if may_change:
-            _finish_pending(node)
+    with rollback.alone(node, check_mode or request.state == "verified"):
         facts = gather(node)
         jobs = jobs_after(node, request, facts)
         wanted = plan.target(request.backend, jobs, facts)
@@ -147,39 +145,22 @@ def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
         if result["missing_packages"]:
             result["changed"] = False
             return result
-        _change(node, wanted, facts, changes, request.rollback_after)
+        result["change"] = _change(node, wanted, facts, changes, request.rollback_after)
         result["pending"] = True
         return result
 
 
-def confirm(node: Node) -> dict[str, Any]:
-    """End the timer of the last change: the connection that brought this order is the proof that access works."""
-    with _lock(False):
-        try:
-            os.rename(files.ROLLBACK_DIR, files.ROLLBACK_DIR + ".confirmed")
-        except FileNotFoundError:
-            return {"changed": False, "rolled_back": True}
-        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
-        shutil.rmtree(files.ROLLBACK_DIR + ".confirmed", ignore_errors=True)
-        return {"changed": False, "rolled_back": False}
-
-
-def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], rollback_after: int) -> None:
-    """Make the change, after the timer that would put it back has been started. A failure puts it back at once."""
+def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], rollback_after: int) -> str:
+    """Make the change, after the timer that would put it back has been started, and return its name. A failure puts it back at once."""
     lost = node.lost_by_reload() if facts.firewalld_active else []
-    _snapshot(node, wanted, facts, changes, lost)
-    node.command(
-        [
-            "systemd-run",
-            "--quiet",
-            "--collect",
-            f"--unit={files.ROLLBACK_UNIT}",
-            f"--on-active={rollback_after}s",
-            "--timer-property=AccuracySec=1s",
-            "--description=Put the firewall back unless the change is confirmed",
-            "/bin/sh",
-            f"{files.ROLLBACK_DIR}/rollback.sh",
-        ]
+    before = {path: text is not None for path, (text, _after) in changes.items()}
+    name = rollback.begin(
+        node,
+        before,
+        _undone_by(facts, lost),
+        {files.UNIT_LINK: facts.enabled} if wanted.unit != facts.enabled else {},
+        facts.kernel_range if plan.wanted_range(wanted, facts) else None,
+        rollback_after,
     )
     try:
         for path, (_before, after) in changes.items():
@@ -197,9 +178,26 @@ def _change(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping
         _ufw(node, wanted, facts)
         _firewalld(node, wanted, facts, lost)
     except (NodeError, OSError) as error:
-        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
-        node.command(["/bin/sh", f"{files.ROLLBACK_DIR}/rollback.sh"], check=False)
+        rollback.put_back(node)
         raise NodeError(f"The firewall was put back as it was, because the change failed: {error}") from error
+    return name
+
+
+def _undone_by(facts: plan.Facts, lost: Sequence[Sequence[str]]) -> list[str]:
+    """Shell commands that take the live rules back once the files are as before.
+
+    Where rules of firewalld or ufw had been flushed by hand, the change loads them again, and these flush them again: they
+    may be what locks out.
+    """
+    commands = [f"sh {files.ROLLBACK_DIR}.running/restore --clean"]
+    if facts.firewalld_active:
+        table = " ".join(firewalld.TABLE)
+        commands += [f"nft add table {table}", "firewall-cmd --reload", *(shlex.join(command) for command in lost)]
+        if plan.flushed(facts):
+            commands.append(f"nft delete table {table}")
+    elif plan.flushed(facts):
+        commands.append(ufw.FLUSH)
+    return commands
 
 
 def _ufw(node: Node, wanted: plan.Target, facts: plan.Facts) -> None:
@@ -245,66 +243,6 @@ def _unit(node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[s
         node.command(["systemctl", "enable", "--quiet", files.UNIT])
     if wanted.unit and files.UNIT_FILE in changes:
         node.command(["systemctl", "start", files.UNIT])
-
-
-def _snapshot(
-    node: Node, wanted: plan.Target, facts: plan.Facts, changes: Mapping[str, tuple[Optional[str], Optional[str]]], lost: Sequence[Sequence[str]]
-) -> None:
-    """Keep what the change touches, and the script that puts it back."""
-    for suffix in ("", ".done", ".confirmed", ".running"):
-        path = files.ROLLBACK_DIR + suffix
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        elif os.path.exists(path):
-            os.unlink(path)
-    os.makedirs(files.ROLLBACK_DIR, mode=0o700)
-    for path, (before, _after) in changes.items():
-        if before is not None:
-            copy = f"{files.ROLLBACK_DIR}/files{path}"
-            os.makedirs(os.path.dirname(copy), exist_ok=True)
-            shutil.copy2(path, copy)
-    node.write(f"{files.ROLLBACK_DIR}/restore", files.restore_script(), 0o755)
-    commands = []
-    commands.append(f"sh {files.ROLLBACK_DIR}.running/restore --clean")
-    if facts.firewalld_active:
-        commands += [f"nft add table {' '.join(firewalld.TABLE)}", "firewall-cmd --reload", *(shlex.join(command) for command in lost)]
-    if plan.wanted_range(wanted, facts):
-        first, last = facts.kernel_range
-        commands.append(f"echo {first} {last} >{files.RANGE_SYSCTL}")
-    links = {files.UNIT_LINK: facts.enabled} if wanted.unit != facts.enabled else {}
-    script = files.rollback_script({path: before is not None for path, (before, _after) in changes.items()}, commands, links)
-    node.write(f"{files.ROLLBACK_DIR}/rollback.sh", script, 0o755)
-
-
-def _finish_pending(node: Node) -> None:
-    """An unconfirmed change of an interrupted run: put it back now, so that we start from what is known to work."""
-    if os.path.isdir(files.ROLLBACK_DIR):
-        node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
-        node.command(["/bin/sh", f"{files.ROLLBACK_DIR}/rollback.sh"], check=False)
-    for _attempt in range(100):
-        if not os.path.isdir(files.ROLLBACK_DIR + ".running"):
-            return
-        time.sleep(0.1)
-    raise NodeError(f"The last change is still being put back ({files.ROLLBACK_DIR}.running exists); look at `systemctl status {files.ROLLBACK_UNIT}`.")
-
-
-@contextmanager
-def _lock(read_only: bool) -> Iterator[bool]:
-    """One run at a time changes the firewall; yields whether this run may. Raises NodeError when another one does not end."""
-    if read_only:
-        yield False
-        return
-    os.makedirs(files.RUN_DIR, exist_ok=True)
-    with open(files.RUN_DIR + "/firewall.lock", "w", encoding="ascii") as handle:
-        for attempt in range(300):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 299:
-                    raise NodeError("Another run has been changing the firewall for 30 s; wait for it, or look at `ps` on the node.") from None
-                time.sleep(0.1)
-        yield True
 
 
 def _sentence(path: str, before: Optional[str], after: Optional[str]) -> str:

@@ -28,8 +28,16 @@ DROP_IN = "/etc/systemd/system/nftables.service.d/50-onprem-torch-firewall.conf"
 SYSCTL_FILE = "/etc/sysctl.d/60-onprem-torch-firewall.conf"
 RANGE_SYSCTL = "/proc/sys/net/ipv4/ip_local_port_range"
 RUN_DIR = "/run/onprem.torch"
-ROLLBACK_DIR = RUN_DIR + "/firewall-rollback"
+# What an unconfirmed change is put back from. Not below /run: a node that is restarted meanwhile must not keep the change.
+ROLLBACK_DIR = "/var/lib/onprem.torch/firewall-rollback"
 ROLLBACK_UNIT = "onprem-torch-firewall-rollback"
+ROLLBACK_UNIT_FILE = f"/etc/systemd/system/{ROLLBACK_UNIT}.service"
+ROLLBACK_UNIT_LINK = f"/etc/systemd/system/sysinit.target.wants/{ROLLBACK_UNIT}.service"
+# Below /run on purpose: they tell of this boot. The change that is live and unconfirmed, the one whose time was up, the one
+# confirmed last.
+CHANGED_FILE = RUN_DIR + "/firewall-changed"
+EXPIRED_FILE = RUN_DIR + "/firewall-expired"
+CONFIRMED_FILE = RUN_DIR + "/firewall-confirmed"
 
 
 def opening_file(family: str, table: str) -> str:
@@ -139,6 +147,8 @@ Before={before}network-pre.target shutdown.target
 Wants=network-pre.target
 Conflicts=shutdown.target
 DefaultDependencies=no
+# Not there any more where a change was put back while the node started.
+ConditionPathExists={SCRIPT}
 
 [Service]
 Type=oneshot
@@ -164,29 +174,59 @@ def sysctl_file(first: int, last: int) -> str:
     return f"{HEADER}net.ipv4.ip_local_port_range = {first} {last}\n"
 
 
-def rollback_script(files: Mapping[str, bool], commands: Iterable[str], links: Optional[Mapping[str, bool]] = None) -> str:
-    """The script that a timer runs unless the change is confirmed: puts the files back, then runs `commands`.
+def rollback_unit_file() -> str:
+    """The unit that puts an unconfirmed change back: a timer starts it, and a restarted node before any firewall loads."""
+    return f"""{HEADER}[Unit]
+Description=Put the firewall back unless the last change of onprem.torch is confirmed
+RequiresMountsFor={ROLLBACK_DIR}
+Before=systemd-sysctl.service nftables.service firewalld.service ufw.service {UNIT} network-pre.target shutdown.target
+Conflicts=shutdown.target
+DefaultDependencies=no
+ConditionPathIsDirectory=|{ROLLBACK_DIR}
+ConditionPathIsDirectory=|{ROLLBACK_DIR}.running
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'if [ -d {ROLLBACK_DIR} ]; then exec /bin/sh {ROLLBACK_DIR}/rollback.sh expired; else exec /bin/sh {ROLLBACK_DIR}.running/rollback.sh; fi'
+
+[Install]
+WantedBy=sysinit.target
+"""
+
+
+def rollback_script(
+    files: Mapping[str, bool], commands: Iterable[str], links: Optional[Mapping[str, bool]] = None, kernel_range: Optional[tuple[int, int]] = None
+) -> str:
+    """The script that puts the files back unless the change is confirmed, then runs `commands` where the change is live.
 
     files: path to whether it existed before (its copy then lies under ROLLBACK_DIR/files).
-    links: the same for symbolic links of enabled units.
+    links: the same for symbolic links of enabled units. kernel_range: the range to set, None to leave it.
     It begins by taking the snapshot's folder for itself (a rename), so that it and a confirmation exclude each other.
+    After a restart nothing of the change is live: firewalls load the files afterwards, also where the restart came in the
+    midst of this script.
     """
+    running = f"{ROLLBACK_DIR}.running"
     lines = [
         "#!/bin/sh",
         "# Puts the firewall back as it was before the last change of onprem.torch, unless that was confirmed.",
         "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
-        f"mv {ROLLBACK_DIR} {ROLLBACK_DIR}.running || exit 0",
+        f"live=no; [ -e {CHANGED_FILE} ] && live=yes",
+        f"mv -T {ROLLBACK_DIR} {running} 2>/dev/null || {{ [ $live = no ] && [ -d {running} ]; }} || exit 0",
     ]
     for path, existed in sorted(files.items()):
         quoted = shlex.quote(path)
         if existed:
-            lines.append(f"mkdir -p $(dirname {quoted}) && cp -p {ROLLBACK_DIR}.running/files{quoted} {quoted}")
+            lines.append(f"mkdir -p $(dirname {quoted}) && cp -p {running}/files{quoted} {quoted}")
         else:
             lines.append(f"rm -f {quoted}")
     for path, existed in sorted((links or {}).items()):
         quoted = shlex.quote(path)
         lines.append(f"ln -sf /etc/systemd/system/{shlex.quote(path.rsplit('/', 1)[-1])} {quoted}" if existed else f"rm -f {quoted}")
+    if kernel_range:
+        lines.append(f"echo {kernel_range[0]} {kernel_range[1]} >{RANGE_SYSCTL}")
+    lines += ["systemctl daemon-reload", "if [ $live = yes ]; then"]
     folders = " ".join((RULES_DIR, JOBS_DIR, os.path.dirname(RULES_DIR), os.path.dirname(SCRIPT), os.path.dirname(DROP_IN)))
-    lines += ["systemctl daemon-reload", *commands, f"rmdir {folders} 2>/dev/null"]
-    lines += [f"rm -rf {ROLLBACK_DIR}.running", f"touch {ROLLBACK_DIR}.done", ""]
+    lines += [*commands, "fi", f"rmdir {folders} 2>/dev/null"]
+    lines.append(f'[ $live = yes ] && {{ [ "$1" = expired ] && cp {CHANGED_FILE} {EXPIRED_FILE}; rm {CHANGED_FILE}; }}')
+    lines += [f"rm -rf {running}", f"rm -f {ROLLBACK_UNIT_LINK} {ROLLBACK_UNIT_FILE}", f"rmdir {os.path.dirname(ROLLBACK_DIR)} 2>/dev/null", ""]
     return "\n".join(lines)

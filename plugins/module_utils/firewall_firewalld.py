@@ -15,24 +15,33 @@ from xml.sax.saxutils import quoteattr
 
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import Accept, AddressSet, normal
 
+BUS = "org.fedoraproject.FirewallD1"
+BUS_PATH = "/org/fedoraproject/FirewallD1"
 POLICY = "onprem_torch"
 POLICY_FILE = f"/etc/firewalld/policies/{POLICY}.xml"
 IPSETS_DIR = "/etc/firewalld/ipsets"
 TABLE = ("inet", "firewalld")
 # Sets that name an interface match the outgoing one in older releases, that is, nothing on the way in.
 SETS_WITH_INTERFACE = (2, 3)
-# The lists of a zone that may be changed without being made permanent: key of its settings to firewall-cmd's word.
-ZONE_LISTS = {
+# The lists that may be changed without being made permanent: key of a zone's or policy's settings to firewall-cmd's word.
+LISTS = {
     "services": "service",
     "ports": "port",
     "protocols": "protocol",
     "source_ports": "source-port",
     "icmp_blocks": "icmp-block",
     "rules_str": "rich-rule",
+    "rich_rules": "rich-rule",
     "sources": "source",
     "forward_ports": "forward-port",
+    "ingress_zones": "ingress-zone",
+    "egress_zones": "egress-zone",
 }
-ZONE_SWITCHES = {"masquerade": "masquerade", "forward": "forward", "icmp_block_inversion": "icmp-block-inversion"}
+SWITCHES = {"masquerade": "masquerade", "forward": "forward", "icmp_block_inversion": "icmp-block-inversion"}
+# What only a reload can change, so that what is kept is not yet what is live.
+FIXED = ("target", "priority", "ingress_priority", "egress_priority")
+# Settings as firewalld gives them, now and permanently; None where there are none.
+Both = tuple[Optional[Mapping[str, Any]], Optional[Mapping[str, Any]]]
 
 
 @dataclass
@@ -174,31 +183,57 @@ def _element(element: Any) -> str:
     return str(element)
 
 
-def lost_by_reload(
-    zones: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]], ipsets: Mapping[str, tuple[Iterable[str], Iterable[str]]]
-) -> list[list[str]]:
-    """Commands that bring back what a reload forgets: settings of zones and entries of ipsets that are not permanent.
+def loaded_by_reload(kind: str, settings: Mapping[str, Both]) -> list[str]:
+    """Reasons why a reload would do more than bring our own: what an administrator has kept, but not loaded yet.
 
-    zones: name to (settings now, permanent settings). ipsets: the same of entries.
+    kind: "zone" or "policy". settings: name to (now, permanent).
     """
-    commands: list[list[str]] = []
+    found: list[str] = []
+    for name, (now, permanent) in sorted(settings.items()):
+        if permanent is None or name == POLICY:
+            continue
+        if now is None:
+            found.append(f"the {kind} {name}")
+        else:
+            found += [f"{key} {permanent[key]} of the {kind} {name}" for key in FIXED if key in permanent and now.get(key) != permanent[key]]
+    return found
+
+
+def lost_by_reload(zones: Mapping[str, Both], policies: Mapping[str, Both], ipsets: Mapping[str, tuple[Iterable[str], Iterable[str]]]) -> list[list[str]]:
+    """Commands that bring back what a reload forgets: settings of zones and policies and entries of ipsets that are not permanent.
+
+    zones, policies: name to (settings now, permanent settings). ipsets: the same of entries. What goes comes first, since a
+    source can be in one zone only.
+    """
+    gone: list[list[str]] = []
+    back: list[list[str]] = []
+    placed = {entry for now, _permanent in zones.values() for entry in (now or {}).get("interfaces") or []}
     for name, (now, permanent) in sorted(zones.items()):
-        for key, word in ZONE_LISTS.items():
-            before, after = [_word(key, entry) for entry in now.get(key) or []], [_word(key, entry) for entry in permanent.get(key) or []]
-            commands += [["firewall-cmd", f"--zone={name}", f"--add-{word}={entry}"] for entry in before if entry not in after]
-            commands += [["firewall-cmd", f"--zone={name}", f"--remove-{word}={entry}"] for entry in after if entry not in before]
-        for key, word in ZONE_SWITCHES.items():
-            if bool(now.get(key)) != bool(permanent.get(key)):
-                commands.append(["firewall-cmd", f"--zone={name}", f"--{'add' if now.get(key) else 'remove'}-{word}"])
-    for name, (live, kept) in sorted(ipsets.items()):
-        live, kept = set(live), set(kept)
-        commands += [["firewall-cmd", f"--ipset={name}", f"--add-entry={entry}"] for entry in sorted(live - kept)]
-        commands += [["firewall-cmd", f"--ipset={name}", f"--remove-entry={entry}"] for entry in sorted(kept - live)]
-    return commands
+        before, after = (now or {}).get("interfaces") or [], (permanent or {}).get("interfaces") or []
+        gone += [["firewall-cmd", f"--zone={name}", f"--remove-interface={entry}"] for entry in after if entry not in placed]
+        back += [["busctl", "call", BUS, BUS_PATH, BUS + ".zone", "changeZoneOfInterface", "ss", name, entry] for entry in before if entry not in after]
+    for option, both in (("zone", zones), ("policy", policies)):
+        for name, (now, permanent) in sorted(both.items()):
+            if now is None or name == POLICY:
+                continue
+            permanent = permanent or {}
+            where = ["firewall-cmd", f"--{option}={name}"]
+            for key, word in LISTS.items():
+                live, kept = [_word(key, entry) for entry in now.get(key) or []], [_word(key, entry) for entry in permanent.get(key) or []]
+                gone += [[*where, f"--remove-{word}={entry}"] for entry in kept if entry not in live]
+                back += [[*where, f"--add-{word}={entry}"] for entry in live if entry not in kept]
+            for key, word in SWITCHES.items():
+                if bool(now.get(key)) != bool(permanent.get(key)):
+                    back.append([*where, f"--{'add' if now.get(key) else 'remove'}-{word}"])
+    for name, entries_now_and_kept in sorted(ipsets.items()):
+        have, keep = map(set, entries_now_and_kept)
+        gone += [["firewall-cmd", f"--ipset={name}", f"--remove-entry={entry}"] for entry in sorted(keep - have)]
+        back += [["firewall-cmd", f"--ipset={name}", f"--add-entry={entry}"] for entry in sorted(have - keep)]
+    return gone + back
 
 
 def _word(key: str, entry: Any) -> str:
-    """An entry of a zone's list as firewall-cmd takes it."""
+    """An entry of a list as firewall-cmd takes it."""
     if key in ("ports", "source_ports"):
         return f"{entry[0]}/{entry[1]}"
     if key == "forward_ports":

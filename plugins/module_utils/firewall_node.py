@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -13,14 +14,13 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_iptables as iptables
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import OUR_SET, normal
 
 Run = Callable[..., "tuple[int, str, str]"]
+SSH_SOCKETS = ("ssh.socket", "sshd.socket")
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
-
-
-BUS = "org.fedoraproject.FirewallD1"
 
 
 class NodeError(Exception):
@@ -110,14 +110,17 @@ class Node:
             handle.write(f"{first} {last}\n")
 
     def units(self, names: Iterable[str]) -> dict[str, dict[str, str]]:
-        """LoadState, ActiveState and UnitFileState of units, with one call. Empty without systemd."""
+        """LoadState, ActiveState, UnitFileState and, of sockets, Listen of units, with one call. Empty without systemd."""
         names = list(names)
         if not os.path.isdir("/run/systemd/system"):
             return {}
-        out = self.command(["systemctl", "show", "--property=Id,LoadState,ActiveState,UnitFileState", *names], check=False)
+        out = self.command(["systemctl", "show", "--property=Id,LoadState,ActiveState,UnitFileState,Listen", *names], check=False)
         found: dict[str, dict[str, str]] = {}
         for block, name in zip(out.strip().split("\n\n"), names):
-            found[name] = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+            found[name] = {}
+            for line in block.splitlines():
+                key, _equals, value = line.partition("=")
+                found[name][key] = f"{found[name][key]}\n{value}" if key in found[name] else value  # Listen comes once for each address
         return found
 
     def has_interface(self, name: str) -> bool:
@@ -128,22 +131,37 @@ class Node:
         """The names of the network interfaces."""
         return sorted(os.listdir("/sys/class/net"))
 
-    def management_ports(self) -> list[int]:
-        """Ports on which sshd takes connections: those of its configuration, and that of the session we run in."""
-        ports: set[int] = set()
-        for path in ["/etc/ssh/sshd_config", *self.listing("/etc/ssh/sshd_config.d")]:
-            for line in (self.read(path) or "").splitlines():
-                words = re.split(r"[\s=]+", line.strip())
-                if len(words) >= 2 and words[0].lower() == "port" and words[1].isdigit():
-                    ports.add(int(words[1]))
-                elif len(words) >= 2 and words[0].lower() == "listenaddress":
-                    match = re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]+):(\d+)", words[1])
-                    if match:
-                        ports.add(int(match.group(1)))
+    def management_ports(self, units: Mapping[str, Mapping[str, str]]) -> list[int]:
+        """Ports on which sshd takes connections: those of its configuration and its sockets, and that of the session we run in.
+
+        units: what `units` says of SSH_SOCKETS.
+        """
+        ports = self._sshd_ports("/etc/ssh/sshd_config", 0)
+        for name in SSH_SOCKETS:
+            if units.get(name, {}).get("ActiveState") == "active":
+                ports |= {int(port) for port in re.findall(r":(\d+) \(Stream\)", units[name].get("Listen", ""))}
         connection = self._ssh_connection()
         if connection:
             ports.add(int(connection.split()[3]))
         return sorted(ports or {22})
+
+    def _sshd_ports(self, path: str, depth: int) -> set[int]:
+        """The ports that a file of sshd's configuration, and those that it includes, name."""
+        ports: set[int] = set()
+        for line in (self.read(path) or "").splitlines():
+            words = re.split(r"[\s=]+", line.strip().replace('"', ""))
+            keyword = words[0].lower()
+            if keyword == "include" and depth < 8:
+                for pattern in words[1:]:
+                    for included in sorted(glob.glob(os.path.join("/etc/ssh", pattern))):
+                        ports |= self._sshd_ports(included, depth + 1)
+            elif keyword == "port" and len(words) >= 2 and words[1].isdigit():
+                ports.add(int(words[1]))
+            elif keyword == "listenaddress" and len(words) >= 2:
+                match = re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]+):(\d+)", words[1])
+                if match:
+                    ports.add(int(match.group(1)))
+        return ports
 
     def _ssh_connection(self) -> Optional[str]:
         """SSH_CONNECTION of the session we run in; sudo takes it out of our own environment, so ask the ancestors."""
@@ -163,31 +181,32 @@ class Node:
                 return None
         return None
 
-    def legacy_iptables_drops(self) -> Optional[str]:
-        """The rule or policy of legacy iptables that drops by default on the way in, None without one.
+    def iptables_legacy(self) -> list[Mapping[str, Any]]:
+        """The rules of legacy iptables in nft's form, empty without any. They are invisible to nft; the kernel says whether there are."""
+        found: list[Mapping[str, Any]] = []
+        for version, proc, program in ((4, "/proc/net/ip_tables_names", "iptables-legacy"), (6, "/proc/net/ip6_tables_names", "ip6tables-legacy")):
+            if "filter" in (self.read(proc) or "").split() and self.which(program):
+                found += iptables.items(self.command([program, "-S"], check=False), version, iptables.LEGACY)
+        return found
 
-        Legacy rules are invisible to nft; the kernel says whether there are any.
-        """
-        for proc, program in (("/proc/net/ip_tables_names", "iptables-legacy"), ("/proc/net/ip6_tables_names", "ip6tables-legacy")):
-            if "filter" not in (self.read(proc) or "").split() or not self.which(program):
-                continue
-            for line in self.command([program, "-S", "INPUT"], check=False).splitlines():
-                if re.fullmatch(r"-P INPUT DROP|-A INPUT(?: -m comment --comment \S+)? -j (?:DROP|REJECT.*)", line):
-                    return f"{program}: {line}"
-        return None
+    def iptables_nft(self, ruleset: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The ruleset with the tables of iptables-nft as iptables shows them, where nft does not show all of them."""
+        programs = {4: "iptables-nft", 6: "ip6tables-nft"}
+        shown = {version: self.command([programs[version], "-S"], check=False) for version in iptables.hidden_from_nft(ruleset) if self.which(programs[version])}
+        return iptables.replaced(ruleset, {version: text for version, text in shown.items() if text.strip()})
 
-    def bus(self, interface: str, method: str, *arguments: str, path: str = "/org/fedoraproject/FirewallD1") -> Any:
+    def bus(self, interface: str, method: str, *arguments: str, path: str = firewalld.BUS_PATH) -> Any:
         """The answer of firewalld to a call over D-Bus. Raises NodeError.
 
         busctl takes milliseconds, firewall-cmd a sixth of a second each time.
         """
-        out = self.command(["busctl", "--json=short", "call", BUS, path, BUS + interface, method, *arguments])
+        out = self.command(["busctl", "--json=short", "call", firewalld.BUS, path, firewalld.BUS + interface, method, *arguments])
         values = json.loads(out)["data"] if out.strip() else []
         return _plain(values[0]) if values else None
 
-    def bus_property(self, interface: str, name: str, path: str = "/org/fedoraproject/FirewallD1") -> str:
+    def bus_property(self, interface: str, name: str, path: str = firewalld.BUS_PATH) -> str:
         """A property of firewalld's, empty where this release has none of the name."""
-        out = self.command(["busctl", "--json=short", "get-property", BUS, path, BUS + interface, name], check=False)
+        out = self.command(["busctl", "--json=short", "get-property", firewalld.BUS, path, firewalld.BUS + interface, name], check=False)
         try:
             return str(json.loads(out)["data"])
         except (ValueError, KeyError):
@@ -197,7 +216,7 @@ class Node:
         """What firewalld says of itself and of our things. Raises NodeError."""
         numbers = re.findall(r"\d+", self.bus_property("", "version"))
         live = firewalld.Live(version=(int(numbers[0]), int(numbers[1])) if len(numbers) > 1 else (0, 0))
-        live.backend = self.bus_property(".config", "FirewallBackend", path="/org/fedoraproject/FirewallD1/config") or "nftables"
+        live.backend = self.bus_property(".config", "FirewallBackend", path=firewalld.BUS_PATH + "/config") or "nftables"
         if firewalld.POLICY in self.bus(".policy", "getPolicies"):
             settings = self.bus(".policy", "getPolicySettings", "s", firewalld.POLICY)
             live.rules = frozenset(settings.get("rich_rules", []))
@@ -208,25 +227,37 @@ class Node:
 
     def lost_by_reload(self) -> list[list[str]]:
         """Commands that bring back what firewalld forgets in a reload. Raises NodeError."""
-        config = "/org/fedoraproject/FirewallD1/config"
+        config = firewalld.BUS_PATH + "/config"
         if self.bus(".direct", "getAllRules") != self.bus(".config.direct", "getSettings", path=config)[1]:
             raise NodeError(
-                "firewalld holds direct rules that are not permanent, and the reload that new sets need would drop them; "
+                "firewalld holds direct rules that are not permanent, and the reload that a change needs would drop them; "
                 "keep them with `firewall-cmd --runtime-to-permanent`, or remove them."
             )
-        zones: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-        kept = set(self.bus(".config", "getZoneNames", path=config))
-        for name in self.bus(".zone", "getZones"):
-            now = self.bus(".zone", "getZoneSettings2", "s", name)
-            permanent = self.bus(".config.zone", "getSettings2", path=self.bus(".config", "getZoneByName", "s", name, path=config)) if name in kept else now
-            zones[name] = (now, permanent)
+        zones = self._now_and_permanent("zone", "getZones", "getZoneSettings2", "getZoneNames", "getZoneByName", "getSettings2")
+        policies = self._now_and_permanent("policy", "getPolicies", "getPolicySettings", "getPolicyNames", "getPolicyByName", "getSettings")
+        waiting = firewalld.loaded_by_reload("zone", zones) + firewalld.loaded_by_reload("policy", policies)
+        if waiting:
+            raise NodeError(
+                f"firewalld's permanent configuration holds what is not loaded yet ({', '.join(waiting)}), and the reload that a change needs would "
+                "load it; do so yourself with `firewall-cmd --reload`, or remove it."
+            )
         ipsets: dict[str, tuple[Iterable[str], Iterable[str]]] = {}
         kept = set(self.bus(".config", "getIPSetNames", path=config))
         for name in self.bus(".ipset", "getIPSets"):
             if name in kept and not OUR_SET.fullmatch(name):
                 path = self.bus(".config", "getIPSetByName", "s", name, path=config)
                 ipsets[name] = (self.bus(".ipset", "getEntries", "s", name), self.bus(".config.ipset", "getEntries", path=path))
-        return firewalld.lost_by_reload(zones, ipsets)
+        return firewalld.lost_by_reload(zones, policies, ipsets)
+
+    def _now_and_permanent(self, kind: str, names: str, settings: str, kept_names: str, by_name: str, kept_settings: str) -> dict[str, firewalld.Both]:
+        """All zones' or policies' settings, as they are and as they are kept; the arguments are firewalld's words for asking."""
+        config = firewalld.BUS_PATH + "/config"
+        kept = {
+            name: self.bus(f".config.{kind}", kept_settings, path=self.bus(".config", by_name, "s", name, path=config))
+            for name in self.bus(".config", kept_names, path=config)
+        }
+        live = {name: self.bus(f".{kind}", settings, "s", name) for name in self.bus(f".{kind}", names)}
+        return {name: (live.get(name), kept.get(name)) for name in {*live, *kept}}
 
     def ufw(self, enabled: bool) -> ufw.Live:
         """What the kernel holds of our rules in ufw's chains, and of our ipsets."""

@@ -14,6 +14,7 @@ from typing import Any, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_iptables as iptables
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_nft as nft
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_verdict as verdict
@@ -30,7 +31,7 @@ class Facts:
     """What the node has.
 
     programs: which of nft, firewall-cmd, ufw, ipset are installed. ruleset: `nft -j list ruleset`.
-    legacy: the rule of legacy iptables that drops by default. present: text of every file of ours that exists.
+    filters: the same with what only iptables can show, which decides over packets, too. present: text of every file of ours that exists.
     shared: text of the user's files that may hold a block of ours (ufw's). enabled: whether our unit is.
     firewalld, ufw: what these hold, where they are installed (firewalld: active).
     """
@@ -39,7 +40,7 @@ class Facts:
     ruleset: Sequence[Mapping[str, Any]] = ()
     firewalld_active: bool = False
     ufw_enabled: bool = False
-    legacy: Optional[str] = None
+    filters: Sequence[Mapping[str, Any]] = ()
     management_ports: tuple[int, ...] = (22,)
     kernel_range: tuple[int, int] = (32768, 60999)
     present: dict[str, str] = field(default_factory=dict)
@@ -87,9 +88,11 @@ def first_packets(jobs: Sequence[JobRules]) -> list[verdict.Packet]:
 
 def of_a_manager(key: tuple[str, str, str], facts: Facts) -> bool:
     """Whether a chain belongs to the active firewalld or ufw, which is then asked instead of changed with nft."""
+    if key[1] == iptables.LEGACY:
+        return facts.firewalld_active or facts.ufw_enabled
     if key[1] == "firewalld":
         return facts.firewalld_active
-    return (facts.firewalld_active or facts.ufw_enabled) and verdict.managed_by_iptables(facts.ruleset, key)
+    return (facts.firewalld_active or facts.ufw_enabled) and verdict.managed_by_iptables(key)
 
 
 def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[str, dict[tuple[str, str, str], str]]:
@@ -111,22 +114,22 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
             problems.append(
                 f"firewall_backend is {asked}, which is installed but not active; enable it with your SSH access allowed, or set firewall_backend to auto."
             )
-    chains = verdict.deciding_chains(facts.ruleset, first_packets(jobs))
+    chains = verdict.deciding_chains(facts.filters, first_packets(jobs))
     ours = {key: reason for key, reason in chains.items() if not of_a_manager(key, facts)}
     for key, reason in ours.items():
         name = " ".join(key)
-        if verdict.managed_by_iptables(facts.ruleset, key):
+        if key[1] == iptables.LEGACY:
+            problems.append(
+                f"Rules of legacy iptables drop the jobs' connections ({reason}), and nftables cannot open what they drop; "
+                "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
+            )
+        elif verdict.managed_by_iptables(key):
             problems.append(
                 f"Rules made with iptables drop the jobs' connections ({reason}), and nft must not write into tables of iptables; "
                 "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
             )
         elif active != "nftables":
             problems.append(f"{active} is active, but chain {name} of nftables drops the jobs' connections as well ({reason}); keep one of the two.")
-    if facts.legacy and active == "nftables":
-        problems.append(
-            f"Rules of legacy iptables drop the jobs' connections ({facts.legacy}), and they cannot be seen from nftables; "
-            "allow the peers there, or move these rules to nftables (iptables-translate), firewalld or ufw."
-        )
     if active == "firewalld" and facts.firewalld.backend != "nftables":
         problems.append(
             f"firewalld writes to {facts.firewalld.backend}, which cannot be compared with what it should hold; set FirewallBackend=nftables in "
@@ -139,11 +142,9 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
 
 def stranger_gets_in(jobs: Sequence[JobRules], facts: Facts) -> bool:
     """Whether no firewall of the user's keeps an address and port that no rule names away from the training interface."""
-    if facts.legacy:
-        return False
     if flushed(facts):
         return files.GUARD_FILE in facts.present  # the node's own rules come back in this run: leave it at what they called for
-    return any(not verdict.keeps_strangers_out(facts.ruleset, version, job.interface, 0) for job in jobs if job.protect for version in (4, 6))
+    return any(not verdict.keeps_strangers_out(facts.filters, version, job.interface, 0) for job in jobs if job.protect for version in (4, 6))
 
 
 def flushed(facts: Facts) -> bool:

@@ -22,6 +22,8 @@ CHAINS = {4: "ufw-before-input", 6: "ufw6-before-input"}
 PROGRAMS = {4: "iptables", 6: "ip6tables"}
 BEGIN = f"# begin {MARKER}: made by its role firewall and replaced by its next run\n"
 END = f"# end {MARKER}\n"
+# Takes all of ufw's rules out of the kernel, without disabling it.
+FLUSH = "/lib/ufw/ufw-init flush-all"
 # The set that new elements are gathered in before it takes the place of the old one.
 SPARE_SET = "onp_new"
 

@@ -10,6 +10,7 @@ caller can be careful: what remains is the ruleset's default, which is what the 
 from __future__ import annotations
 
 import ipaddress
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
@@ -26,6 +27,8 @@ _PASSIVE = frozenset(
 # Statements that limit what matches: with "inv" (over), a well-behaved packet is not concerned; without it, it is.
 _LIMITS = frozenset(("limit", "quota", "ct count", "connlimit"))
 _MAX_DEPTH = 16
+_COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
+_TCP_FLAGS = ("fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr")
 
 
 class _Unknown(Exception):
@@ -202,13 +205,15 @@ class Ruleset:
         if value is _NO_SUCH_HEADER:
             return False
         op, right = body.get("op", "=="), body["right"]
+        if isinstance(value, frozenset) and op in ("in", "!"):  # any of them, none of them
+            return bool(value & _flags(right)) == (op == "in")
         if op in ("==", "in"):
             return self._equal(key, value, right)
         if op == "!=":
             return not self._equal(key, value, right)
-        if not isinstance(value, int) or not isinstance(right, int):
+        if op not in _COMPARED or not isinstance(value, int) or not isinstance(right, int):
             raise _Unknown(f"{op} of {value!r}")
-        return {"<": value < right, ">": value > right, "<=": value <= right, ">=": value >= right}[op]
+        return bool(_COMPARED[op](value, right))
 
     def _value(self, left: Any, packet: Packet) -> Any:
         """The packet's value of an expression. Raises _Unknown."""
@@ -222,7 +227,7 @@ class Ruleset:
         if kind == "fib" and body.get("result") == "type" and body.get("flags") in ("daddr", ["daddr"]):
             return "local"
         if kind == "ct":
-            known = {"state": ["new"], "direction": "original", "mark": 0, "status": []}
+            known = {"state": frozenset(("new",)), "direction": "original", "mark": 0, "status": frozenset()}
             if body.get("key") in known:
                 return known[body["key"]]
         if kind == "&":
@@ -230,9 +235,8 @@ class Ruleset:
             value = self._value(flags, packet)
             if value is _NO_SUCH_HEADER:
                 return value
-            if isinstance(value, list):
-                wanted = mask if isinstance(mask, list) else [mask]
-                return [flag for flag in value if flag in wanted]
+            if isinstance(value, frozenset):
+                return value & _flags(mask)
             if isinstance(value, int) and isinstance(mask, int):
                 return value & mask
         if kind == "concat":
@@ -244,7 +248,7 @@ class Ruleset:
         """Whether a value is, or is among, the right side. Raises _Unknown."""
         if isinstance(right, str) and right.startswith("@"):
             return any(self._equal(key, value, element) for element in self._elements(key, right))
-        if isinstance(right, Mapping):
+        if isinstance(right, Mapping) and "|" not in right:
             if "set" in right:
                 members = right["set"] if isinstance(right["set"], list) else [right["set"]]
                 return any(self._equal(key, value, member) for member in members)
@@ -261,9 +265,8 @@ class Ruleset:
             raise _Unknown(next(iter(right)))
         if isinstance(value, _Nowhere):
             return False
-        if isinstance(value, list):
-            wanted = right if isinstance(right, list) else [right]
-            return bool(set(map(str, value)) & set(map(str, wanted))) if wanted != [0] else not value
+        if isinstance(value, frozenset):
+            return value == _flags(right)
         if isinstance(value, (ipaddress.IPv4Address, ipaddress.IPv6Address)):
             try:
                 return value == ipaddress.ip_address(str(right))
@@ -272,6 +275,19 @@ class Ruleset:
         if isinstance(right, str) and isinstance(value, str) and right.endswith("*"):
             return value.startswith(right[:-1])
         return str(value) == str(right)
+
+
+def _flags(expression: Any) -> frozenset[str]:
+    """The flags that an expression names: one, a list, "|" of some, or a number of TCP's bits. Raises _Unknown."""
+    if isinstance(expression, Mapping):
+        if set(expression) != {"|"}:
+            raise _Unknown(next(iter(expression)))
+        expression = expression["|"]
+    if isinstance(expression, list):
+        return frozenset().union(*map(_flags, expression))
+    if isinstance(expression, int):
+        return frozenset(name for bit, name in enumerate(_TCP_FLAGS) if expression >> bit & 1)
+    return frozenset((str(expression),))
 
 
 class _Nowhere:
@@ -301,7 +317,7 @@ def _payload(body: Mapping[str, Any], packet: Packet) -> Any:
         if name == "dport":
             return packet.port
         if name == "flags":
-            return ["syn"]
+            return frozenset(("syn",))
         raise _Unknown(f"{protocol} {name}")
     if protocol in ("udp", "udplite", "sctp", "dccp", "icmp", "icmpv6", "igmp", "esp", "ah", "comp", "arp", "gre", "vxlan"):
         return _NO_SUCH_HEADER
@@ -365,7 +381,7 @@ def keeps_strangers_out(items: Sequence[Mapping[str, Any]], version: int, interf
     return Ruleset(items).through(Packet(version, None, port, interface)).action == DROP
 
 
-def managed_by_iptables(items: Sequence[Mapping[str, Any]], key: tuple[str, str, str]) -> bool:
+def managed_by_iptables(key: tuple[str, str, str]) -> bool:
     """Whether a chain belongs to iptables-nft: such tables must not be given nft rules, iptables would no longer list them."""
     family, table, chain = key
     return family in ("ip", "ip6") and table in ("filter", "mangle", "raw", "security", "nat") and chain.isupper()

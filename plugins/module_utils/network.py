@@ -47,6 +47,16 @@ def endpoints(link: dict[str, t.Any]) -> dict[str, Endpoint]:
     }
 
 
+def addresses(end: Endpoint, interfaces: t.Sequence[dict[str, t.Any]], version: int) -> list[str]:
+    """Return all addresses of one IP version that a node may be met by on its training interface, its own first.
+
+    With several of them the kernel, NCCL and gloo each pick by rules of their own, so a firewall has to know all.
+    """
+    own = end.address if version == 4 else end.address6
+    there = [ipaddress.ip_interface(text).ip for link in interfaces if end.interface and link["name"] == end.interface for text in link["addresses"]]
+    return list(dict.fromkeys(text for text in [own, *(str(ip) for ip in there if ip.version == version)] if text))
+
+
 def choose(
     nodes: t.Mapping[str, t.Sequence[dict[str, t.Any]]], wanted: t.Mapping[str, str]
 ) -> tuple[dict[str, Endpoint], list[Problem]]:

@@ -235,11 +235,13 @@ def make(
     problems += found
 
     nodes: dict[str, dict[str, t.Any]] = {}
+    links = {name: by_name[name].node.get("interfaces") or [] for name in order}
+    ends = {name: chosen.get(name, network.Endpoint("", "")) for name in order}
     for name in order:
         host = by_name[name]
         count, found = process_count(host)
         problems += found
-        end = chosen.get(name, network.Endpoint("", ""))
+        end = ends[name]
         torch = pytorch_plan.environment(host.variables, host.node, line, lock)
         needs = [*node_checks.torch_needs(host, torch), *nvidia.toolkit_needs(str(line.get("name") or ""), host.variables, host.node, manifest or {})]
         problems += room.problems(name, needs, host.node.get("disk") or {}, host.node.get("file_systems") or {})
@@ -285,10 +287,7 @@ def make(
         "cuda_version": str(line.get("name") or ""),
         "order": order,
         "nodes": nodes,
-        "peers": {
-            "ipv4": [node["address"] for node in nodes.values() if node["address"]],
-            "ipv6": [node["address6"] for node in nodes.values() if node["address6"]],
-        },
+        "peers": {f"ipv{version}": [text for name in order for text in network.addresses(ends[name], links[name], version)] for version in (4, 6)},
         "job": job,
         "fingerprint": digest({"shape": shape, "torch": [nodes[order[0]]["pytorch"][key] for key in ("requirements", "constraints", "lock_sha256")]}),
     }

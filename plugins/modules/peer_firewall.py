@@ -86,9 +86,8 @@ options:
     type: int
     default: 60
   confirm:
-    description: Confirms the last change, which ends the timer. Used by the action plugin.
-    type: bool
-    default: false
+    description: The name of the change to confirm, which ends its timer. Used by the action plugin.
+    type: str
 attributes:
   check_mode:
     description: Can run in check_mode and return changed status prediction without modifying target
@@ -154,10 +153,18 @@ pending:
   description: Whether the change awaits its confirmation.
   type: bool
   returned: success
+change:
+  description: The name of the change that awaits its confirmation.
+  type: str
+  returned: when O(state) changed something
 rolled_back:
-  description: Whether a change was put back because nothing confirmed it in time.
+  description: Whether the change was put back because nothing confirmed it in time.
   type: bool
   returned: when confirming
+expired:
+  description: Whether that was because its time was up, and not by a restart or another run.
+  type: bool
+  returned: when confirming what was put back
 problems:
   description: Every reason why the request was refused, a sentence each.
   type: list
@@ -167,8 +174,9 @@ problems:
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.onprem.torch.plugins.module_utils.firewall_apply import Request, carry_out, confirm
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_apply import Request, carry_out
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_rollback import confirm
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import SpecError
 
 
@@ -192,7 +200,7 @@ def main() -> None:
             },
             "backend": {"type": "str", "choices": ["auto", "nftables", "firewalld", "ufw"], "default": "auto"},
             "rollback_after": {"type": "int", "default": 60},
-            "confirm": {"type": "bool", "default": False},
+            "confirm": {"type": "str"},
         },
         required_if=[("state", "present", ("job",))],
         supports_check_mode=True,
@@ -200,7 +208,7 @@ def main() -> None:
     node = Node(module.run_command)
     try:
         if module.params["confirm"]:
-            result = confirm(node)
+            result = confirm(node, module.params["confirm"])
         else:
             arguments = {name: value for name, value in module.params.items() if name != "confirm"}
             result = carry_out(node, Request(**arguments), check_mode=module.check_mode)

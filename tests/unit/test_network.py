@@ -109,3 +109,11 @@ def test_no_interface_table_raises_and_hosts_without_an_address_are_explained(no
     assert set(ends) <= set(nodes)
     assert problems or set(ends) == set(nodes)
     assert not any(ipaddress.ip_address(end.address).is_loopback for end in ends.values())
+
+
+def test_a_node_may_be_met_by_every_address_of_its_training_interface():
+    there = [interface("eth0", "198.18.0.1/24", "198.18.0.9/24", "fd00::1/64", "fd00::9/64"), interface("ib0", "198.19.1.1/24")]
+    end = network.Endpoint("eth0", "198.18.0.9", "fd00::1")
+    assert network.addresses(end, there, 4) == ["198.18.0.9", "198.18.0.1"]
+    assert network.addresses(end, there, 6) == ["fd00::1", "fd00::9"]
+    assert network.addresses(network.Endpoint("", ""), there, 4) == []

@@ -1,8 +1,9 @@
 # Everything of the node's own that a firewall role could touch: files with their modes and bytes, live rules, settings.
 # Counters and handles are left out: they change by themselves. So are firewalld's backups (*.old).
-find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d /etc/onprem.torch /usr/local/lib \
+find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d /etc/onprem.torch /usr/local/lib /var/lib/onprem.torch \
     ! -name '*.old' \( -type f -o -type l \) -printf '%p %m %u %l\n' 2>/dev/null | sort
-find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d -type f ! -name '*.old' -exec sha256sum {} + | sort -k 2
+find /etc/ufw /etc/default/ufw /etc/firewalld /etc/nftables.conf /etc/systemd/system /etc/sysctl.d /etc/onprem.torch /usr/local/lib/onprem.torch \
+    -type f ! -name '*.old' -exec sha256sum {} + 2>/dev/null | sort -k 2
 nft --stateless list ruleset 2>/dev/null
 iptables -S; ip6tables -S
 ipset list -n

@@ -41,9 +41,10 @@ asyncio.run(main())
 """
 CONNECT = """
 import concurrent.futures, socket, sys
+source = (sys.argv[2], 0) if sys.argv[2] != "any" else None
 def ask(port):
     try:
-        with socket.create_connection((sys.argv[1], int(port)), timeout=3) as connection:
+        with socket.create_connection((sys.argv[1], int(port)), timeout=3, source_address=source) as connection:
             connection.settimeout(3)
             return connection.recv(5).decode()
     except TimeoutError:
@@ -51,7 +52,7 @@ def ask(port):
     except OSError as error:
         return error.strerror
 with concurrent.futures.ThreadPoolExecutor(len(sys.argv)) as pool:
-    for port, answer in zip(sys.argv[2:], pool.map(ask, sys.argv[2:])):
+    for port, answer in zip(sys.argv[3:], pool.map(ask, sys.argv[3:])):
         print(port, answer)
 """
 
@@ -118,10 +119,14 @@ class Node:
             self.run("systemd-run --quiet --collect --unit=listener python3 /run/listener.py")
         wait_until(lambda: self.run(f"ss -Htln 'sport = :{EPHEMERAL}'").strip(), f"{self.name} listens")
 
-    def connect(self, address: str, *ports: int) -> dict[int, str]:
+    def connect(self, address: str, *ports: int, source: str = "any") -> dict[int, str]:
         """Connect from this node to ports of an address: what comes back, or why nothing does."""
-        text = self.run(f"python3 - {address} {' '.join(map(str, ports))}", data=CONNECT)
+        text = self.run(f"python3 - {address} {source} {' '.join(map(str, ports))}", data=CONNECT)
         return {int(line.split()[0]): line.split(None, 1)[1] for line in text.splitlines()}
+
+    def snapshot(self) -> str:
+        """Return all that a firewall role could touch."""
+        return self.run("sh /root/snapshot.sh")
 
 
 NODES = [Node(name) for name in HOSTS]
@@ -168,6 +173,40 @@ def converge(*words: str, works: bool = True) -> str:
     return done.stdout
 
 
+def plan_of_the_job() -> dict[str, t.Any]:
+    """Return the plan as the playbook prints it for programs."""
+    output = ansible("ansible-playbook", "onprem.torch.plan", "-e", "plan_format=json", "-e", "_cluster_fail=false").stdout
+    return json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])[0]
+
+
+def in_sync() -> None:
+    """Nothing differs on any node, by the module's own word."""
+    assert differences() == {name: [] for name in HOSTS}
+
+
+def restore_administrators_rules(node: Node) -> None:
+    """Put back what the administrator's own rules lose by a restart without our doing."""
+    if node.firewall == "firewalld":
+        node.run("firewall-cmd --add-port=8080/tcp && firewall-cmd --add-rich-rule='rule family=ipv4 source address=192.0.2.7 reject'")
+
+
+def restarted(action: t.Callable[[], t.Any]) -> None:
+    """Do what restarts all nodes, and wait until they are back."""
+    # The kernel is the host's and goes on; what begins anew is the node's first process.
+    identity = "cut -d' ' -f22 /proc/1/stat"
+    boot = on_all(lambda node: node.run(identity))
+    action()
+    on_all(Node.hang_up)
+
+    def back(node: Node) -> bool:
+        found = node.run(f"{identity}; systemctl is-system-running", check=False)
+        return found.strip().endswith("running") and not found.startswith(boot[node.name])
+
+    for node in NODES:
+        wait_until(lambda node=node: back(node), f"{node.name} is back")
+    on_all(restore_administrators_rules)
+
+
 def outside(address: str, first: int = 1, last: int = 65535) -> dict[str, list[int]]:
     """Scan an address from the network namespace that belongs to no peer."""
     words = ["ip", "netns", "exec", OUTSIDER, sys.executable, str(HERE / "scan.py"), address, str(first), str(last)]
@@ -177,7 +216,7 @@ def outside(address: str, first: int = 1, last: int = 65535) -> dict[str, list[i
 
 def from_outsider(address: str, *ports: int) -> dict[int, str]:
     """Connect from there."""
-    words = ["ip", "netns", "exec", OUTSIDER, sys.executable, "-c", CONNECT, address, *map(str, ports)]
+    words = ["ip", "netns", "exec", OUTSIDER, sys.executable, "-c", CONNECT, address, "any", *map(str, ports)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=200)
     return {int(line.split()[0]): line.split(None, 1)[1] for line in done.stdout.splitlines()}
 

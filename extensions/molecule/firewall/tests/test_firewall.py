@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import time
 
 from conftest import (
     BY_NAME,
@@ -23,9 +22,13 @@ from conftest import (
     converge,
     differences,
     from_outsider,
+    in_sync,
     module,
     on_all,
     outside,
+    plan_of_the_job,
+    restarted,
+    restore_administrators_rules,
     wait_until,
 )
 
@@ -51,16 +54,12 @@ def ranges(ports: set[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" for run in ([port for _index, port in group] for _key, group in groups))
 
 
-def in_sync() -> None:
-    """Nothing differs on any node, by the module's own word."""
-    assert differences() == {name: [] for name in HOSTS}
-
-
 def test_backend_is_the_active_one():
     for name, answer in module({"state": "verified"}).items():
         assert name in BACKENDS[answer["backend"]]
         assert answer["protected"] == (name == "nft12")
-    assert "install ok installed" in BY_NAME["ufw12"].run("dpkg-query -W -f '${Status}' ipset"), "it was not there before the role"
+    for name in BACKENDS["ufw"]:
+        assert "install ok installed" in BY_NAME[name].run("dpkg-query -W -f '${Status}' ipset"), "it was not there before the role"
 
 
 def test_outsider_meets_exactly_the_expected_ports_of_all_65535():
@@ -91,12 +90,6 @@ def test_no_change_costs_one_remote_module_and_little_cpu():
     assert max(seconds.values()) <= 1.0, seconds
 
 
-def plan_of_the_job() -> dict:
-    """Return the plan as the playbook prints it for programs."""
-    output = ansible("ansible-playbook", "onprem.torch.plan", "-e", "plan_format=json", "-e", "_cluster_fail=false").stdout
-    return json.JSONDecoder().raw_decode(output[output.index("\n{\n") + 1 :])[0]
-
-
 def test_rules_survive_the_services():
     rounds = [
         {"nftables": "systemctl restart nftables", "firewalld": "systemctl restart firewalld", "ufw": "systemctl restart ufw"},
@@ -108,12 +101,6 @@ def test_rules_survive_the_services():
         assert_packets()
     in_sync()
     on_all(restore_administrators_rules)
-
-
-def restore_administrators_rules(node: Node) -> None:
-    """Put back what the administrator's own rules lose by a restart without our doing."""
-    if node.firewall == "firewalld":
-        node.run("firewall-cmd --add-port=8080/tcp && firewall-cmd --add-rich-rule='rule family=ipv4 source address=192.0.2.7 reject'")
 
 
 def test_flush_by_hand_is_seen_by_status_and_healed_by_the_next_run():
@@ -137,19 +124,7 @@ def test_flush_by_hand_is_seen_by_status_and_healed_by_the_next_run():
 
 
 def test_rules_survive_a_reboot():
-    # The kernel is the host's and goes on; what begins anew is the node's first process.
-    identity = "cut -d' ' -f22 /proc/1/stat"
-    boot = on_all(lambda node: node.run(identity))
-    on_all(lambda node: node.run("systemctl --no-block reboot", check=False))
-    on_all(Node.hang_up)
-
-    def back(node: Node) -> bool:
-        found = node.run(f"{identity}; systemctl is-system-running", check=False)
-        return found.strip().endswith(("running", "degraded")) and not found.startswith(boot[node.name])
-
-    for node in NODES:
-        wait_until(lambda node=node: back(node), f"{node.name} is back")
-    on_all(restore_administrators_rules)
+    restarted(lambda: on_all(lambda node: node.run("systemctl --no-block reboot", check=False)))
     in_sync()
     assert_packets()
 
@@ -210,52 +185,6 @@ def test_peers_that_are_not_trusted_and_monitoring():
     on_all(lambda node: node.run("systemctl stop other"))
     converge()
     assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").strip()).values()) == {"32768\t60999"}
-    in_sync()
-
-
-def test_change_that_would_lock_out_is_rolled_back():
-    """SSH comes in by a forwarder on a port of the ephemeral range, of which the module cannot know."""
-    node = BY_NAME["nft12"]
-    assert module({"state": "absent"}, "nft12")["nft12"]["changed"]
-    unit = "[Socket]\\nListenStream=50022\\n"
-    node.run(f"printf '{unit}' >/run/systemd/system/forward.socket")
-    node.run("printf '[Service]\\nExecStart=/lib/systemd/systemd-socket-proxyd 127.0.0.1:22\\n' >/run/systemd/system/forward.service")
-    node.run("systemctl daemon-reload && systemctl start forward.socket")
-    before = node.run("nft -s list ruleset; find /etc/onprem.torch /usr/local/lib/onprem.torch /etc/systemd/system -name '*onprem*' 2>/dev/null; true")
-    variables = {"cluster_plan": plan_of_the_job(), "ansible_port": 50022, "firewall_rollback_after": 8, "ansible_host_key_checking": False}
-    start = time.monotonic()
-    printed = converge("--limit", "nft12", "--skip-tags", "always", "-e", json.dumps(variables), works=False)
-    assert "no new SSH connection got through the changed firewall rules within 8 s, so the node put them back" in printed
-    assert time.monotonic() - start >= 8
-    assert node.run("nft -s list ruleset; find /etc/onprem.torch /usr/local/lib/onprem.torch /etc/systemd/system -name '*onprem*' 2>/dev/null; true") == before
-    node.run("systemctl stop forward.socket forward.service; rm /run/systemd/system/forward.*; systemctl daemon-reload")
-    converge()
-    in_sync()
-
-
-def test_firewalls_that_contradict_each_other_are_named():
-    lets_ssh_in = (
-        "{0} -A INPUT -i lo -j ACCEPT; {0} -A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT; "
-        "{0} -A INPUT -p tcp --dport 22 -j ACCEPT; {0} -P INPUT DROP"
-    )
-    undone = "{0} -P INPUT ACCEPT; {0} -F INPUT; "
-    cases = [
-        ("ufw13", "systemctl start firewalld", "systemctl stop firewalld; ufw reload", "firewalld and ufw are both active"),
-        (
-            "nft12",
-            lets_ssh_in.format("iptables"),
-            undone.format("iptables") + "nft delete table ip filter",
-            "Rules made with iptables drop the jobs' connections",
-        ),
-        ("nft12", lets_ssh_in.format("iptables-legacy"), undone.format("iptables-legacy"), "Rules of legacy iptables drop the jobs' connections"),
-    ]
-    for name, make, undo, sentence in cases:
-        BY_NAME[name].run(make)
-        try:
-            answer = module({"state": "verified"}, name)[name]
-        finally:
-            BY_NAME[name].run(undo)
-        assert answer["failed"] and answer["msg"].startswith(f"{name}: {sentence}"), answer
     in_sync()
 
 

@@ -15,6 +15,7 @@ import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_checks as checks
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
+from ansible_collections.onprem.torch.plugins.module_utils import firewall_iptables as iptables
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_plan as plan
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_sets as sets
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_spec as spec
@@ -99,16 +100,34 @@ def test_another_node_is_an_entry_and_no_reload():
 def test_what_a_reload_forgets_is_brought_back():
     now = {"services": ["ssh"], "ports": [["8080", "tcp"]], "rules_str": ['rule family="ipv4" source address="192.0.2.7" reject'], "masquerade": True}
     permanent = {"services": ["ssh", "http"], "forward_ports": [["80", "tcp", "8080", ""]]}
-    commands = firewalld.lost_by_reload({"public": (now, permanent)}, {"banned": (["192.0.2.9"], [])})
-    assert [" ".join(command[1:]) for command in commands] == [
+    zones = {
+        "public": (now, {**permanent, "interfaces": ["eth1", "eth2"]}),
+        "internal": ({"interfaces": ["eth0", "eth2"]}, {"interfaces": []}),
+    }
+    policies = {"mine": ({"ports": [["9999", "tcp"]], "ingress_zones": ["ANY"]}, {"ingress_zones": ["internal"]}), firewalld.POLICY: ({"rich_rules": ["x"]}, {})}
+    commands = firewalld.lost_by_reload(zones, policies, {"banned": (["192.0.2.9"], [])})
+    assert [" ".join(command[1:] if command[0] == "firewall-cmd" else command[-4:]) for command in commands] == [
+        "--zone=public --remove-interface=eth1",
         "--zone=public --remove-service=http",
+        "--zone=public --remove-forward-port=port=80:proto=tcp:toport=8080",
+        "--policy=mine --remove-ingress-zone=internal",
+        "changeZoneOfInterface ss internal eth0",
+        "changeZoneOfInterface ss internal eth2",
         "--zone=public --add-port=8080/tcp",
         '--zone=public --add-rich-rule=rule family="ipv4" source address="192.0.2.7" reject',
-        "--zone=public --remove-forward-port=port=80:proto=tcp:toport=8080",
         "--zone=public --add-masquerade",
+        "--policy=mine --add-port=9999/tcp",
+        "--policy=mine --add-ingress-zone=ANY",
         "--ipset=banned --add-entry=192.0.2.9",
     ]
-    assert firewalld.lost_by_reload({"public": (now, now)}, {}) == []
+    assert firewalld.lost_by_reload({"public": (now, now)}, {"mine": (now, now)}, {}) == []
+
+
+def test_what_a_reload_would_load_for_the_first_time_is_named():
+    block = {"target": "DROP", "priority": -200}
+    policies = {"block": (None, block), "same": (block, block), "other": ({"target": "CONTINUE", "priority": -200}, block), firewalld.POLICY: (None, block)}
+    assert firewalld.loaded_by_reload("policy", policies) == ["the policy block", "target DROP of the policy other"]
+    assert firewalld.loaded_by_reload("zone", {"temporary": (block, None)}) == []
 
 
 def test_everyone_is_two_halves():
@@ -127,12 +146,20 @@ JOB = spec.parse_job(**GOOD)
         ("ufw", {"programs": frozenset({"nft", "ufw"})}, "installed but not active"),
         ("nftables", {"firewalld_active": True, "programs": frozenset({"nft", "firewall-cmd"})}, "firewalld is active and decides"),
         ("auto", {"firewalld_active": True, "firewalld": firewalld.Live((1, 3), "iptables")}, "FirewallBackend=nftables"),
-        ("auto", {"legacy": "iptables-legacy: -P INPUT DROP"}, "legacy iptables"),
+        ("auto", {"filters": iptables.items("-P INPUT DROP", 4, iptables.LEGACY)}, "Rules of legacy iptables"),
+        ("auto", {"filters": iptables.items("-P INPUT DROP", 6, "filter")}, "Rules made with iptables"),
     ],
 )
 def test_a_node_that_cannot_be_served_is_refused_with_a_sentence(asked, change, sentence):
     with pytest.raises(spec.SpecError, match=sentence):
         plan.target(asked, [JOB], plan.Facts(**change))
+
+
+def test_rules_of_iptables_that_let_the_peers_in_are_left_alone():
+    text = "-P INPUT DROP\n-A INPUT -s {} -p tcp -m multiport --dports 29500:29600,32768:60999 -j ACCEPT"
+    let_in = iptables.items(text.format("198.18.0.0/24"), 4, "filter") + iptables.items(text.format("fd00::/64"), 6, iptables.LEGACY)
+    wanted = plan.target("auto", [JOB], plan.Facts(filters=let_in))
+    assert wanted.backend == "nftables" and not wanted.jumps and not wanted.guard
 
 
 @pytest.mark.parametrize(
