@@ -8,7 +8,7 @@ export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
 export PYTHONUNBUFFERED := 1
 MINUTES ?= 10
 
-.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu
+.PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu kernel
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -43,6 +43,9 @@ bench: setup ## Measure: speed, verification, overhead, recovery (as root; PARTS
 soak: setup ## Random faults for MINUTES minutes, and train.yml killed at 20 random moments (as root)
 	python tests/soak.py $(MINUTES)
 	python tests/interrupts/soak.py
+
+kernel: setup ## Driver, DKMS, reboots and kernel upgrade in a virtual machine that needs no KVM (as root)
+	pytest tests/kernel
 
 docs: setup ## Build the documentation site in build/docs
 	@tools/docs.sh
