@@ -82,6 +82,18 @@ def family(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> dict
     return found
 
 
+def replaced(packages: Installed, pins: t.Sequence[t.Mapping[str, t.Any]]) -> list[str]:
+    """Return the packages left half done that a pin gives another version: they are replaced, not repaired."""
+    return [
+        name
+        for name in broken(packages)
+        if any(
+            not fits(packages[name]["version"], str(pin["version"])) and any(fnmatch.fnmatchcase(name, pattern) for pattern in pin["packages"])
+            for pin in pins
+        )
+    ]
+
+
 def chosen(packages: Installed, patterns: t.Sequence[str]) -> Installed:
     """Return the packages whose names fit patterns, and all that an interruption left half done; not what is gone."""
     expression = re.compile("|".join(fnmatch.translate(pattern) for pattern in patterns) or r"(?!)")

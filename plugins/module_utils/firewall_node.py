@@ -192,7 +192,8 @@ class Node:
     def iptables_nft(self, ruleset: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The ruleset with the tables of iptables-nft as iptables shows them, where nft does not show all of them."""
         programs = {4: "iptables-nft", 6: "ip6tables-nft"}
-        shown = {version: self.command([programs[version], "-S"], check=False) for version in iptables.hidden_from_nft(ruleset) if self.which(programs[version])}
+        versions = [version for version in iptables.hidden_from_nft(ruleset) if self.which(programs[version])]
+        shown = {version: self.command([programs[version], "-S"], check=False) for version in versions}
         return iptables.replaced(ruleset, {version: text for version, text in shown.items() if text.strip()})
 
     def bus(self, interface: str, method: str, *arguments: str, path: str = firewalld.BUS_PATH) -> Any:

@@ -127,7 +127,8 @@ def build_problems(name: str, host: str, variables: Variables, manifest: Manifes
     built = "" if not match else ".".join(match.groups()) if match.group(1) else "cpu"
     if not built or built == name or own_index(variables):
         return []
-    text = f"pytorch_version is {variables['pytorch_version']}, but the line is {name}, whose builds are {manifest['lines'][name]['torch_index'].rsplit('/', 1)[-1]}"
+    builds = manifest["lines"][name]["torch_index"].rsplit("/", 1)[-1]
+    text = f"pytorch_version is {variables['pytorch_version']}, but the line is {name}, whose builds are {builds}"
     known = built in manifest["lines"]
     cure = f"set {VARIABLE}: {built!r}, or leave +{local} out" if known else f"leave +{local} out"
     return [Problem(host, "pytorch_version", text, cure)]

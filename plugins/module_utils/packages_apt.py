@@ -146,8 +146,17 @@ class Apt:
         self.run.result["healed"] = broken or ["dpkg's journal"]
         self.run.before["interrupted packages"], self.run.after["interrupted packages"] = "\n".join(broken) + "\n", ""
 
+    def unrepaired(self) -> list[str]:
+        """Return the packages left half done that stay at their version, and so have to be repaired."""
+        packages = self.packages()
+        other = apt_state.replaced(packages, self.run.pins)
+        return [name for name in apt_state.broken(packages) if name not in other]
+
     def heal(self) -> None:
-        """Finish what an interrupted dpkg left half done."""
+        """Finish what an interrupted dpkg left half done, such as a module that DKMS could not build.
+
+        What gets another version is left to the installation: the other version may be the cure.
+        """
         if not self.half_done():
             return
         if self.run.check:
@@ -159,15 +168,15 @@ class Apt:
                 return
             self.note_healing()
             self.run.module.run_command(["dpkg", "--configure", "-a", "--force-confdef", "--force-confold"], environ_update=environment)
-        if apt_state.broken(self.packages()):
+        if self.unrepaired():
             self.release()
             self.refresh(["update"])
             code, text = self.get(["install", "--fix-broken", "--yes", *self.options()])
-            left = apt_state.broken(self.packages())
+            left = self.unrepaired()
             if left:
                 # A package that was half unpacked has to be unpacked again.
                 code, text = self.get(["install", "--reinstall", "--yes", *self.options(), *left])
-                left = apt_state.broken(self.packages())
+                left = self.unrepaired()
             if left:
                 self.run.fail(
                     f"the packages {', '.join(left)} are broken and dpkg --configure -a and apt-get --fix-broken do not "

@@ -121,7 +121,8 @@ class Installation:
         if code:
             self.run.fail(f"apt cannot install {self.run.settings['name']} ({apt_state.complaint(text)}); correct what it names, nothing was installed")
         installs, removes = apt_state.parse_simulation(text)
-        foreign = [name for name in removes if name not in apt_state.family(state, self.run.pins)]
+        own = {*apt_state.family(state, self.run.pins), *apt_state.replaced(state, self.run.pins)}
+        foreign = [name for name in removes if name not in own]
         if foreign:
             self.run.fail(
                 f"installing {self.run.settings['name']} would remove {', '.join(foreign)}; remove them yourself if nobody needs them"

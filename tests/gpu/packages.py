@@ -127,8 +127,9 @@ def installed(step):
         rows = []
 
         def row(what, changed):
-            rows.append({"what": what, "changed": changed, **{re.sub(r"-\d+(-open)?$", "", name): next(iter(mine.versions()))[name] for name in
-                                                             ("libnccl2", *sorted(package.name for package in driver(plan, OLD))[:2])}})
+            now = mine.versions()[0]
+            shown = ("libnccl2", *sorted(package.name for package in driver(plan, OLD))[:2])
+            rows.append({"what": what, "changed": changed, **{name: now[name] for name in shown}})
 
         lines = respected(mine)
         row("install", mine.roles("install"))

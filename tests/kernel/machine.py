@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -122,7 +123,7 @@ class Machine:
     def kernel(self) -> str:
         """Return the release of the newest kernel on the disk, and have it and its initramfs beside the disk."""
         names = [word for word in self.debugfs("read", "ls /boot").split() if word.startswith("vmlinuz-")]
-        release = max((name.partition("-")[2] for name in names), key=lambda text: [int(part) if part.isdigit() else 0 for part in text.replace("-", ".").split(".")])
+        release = max((name.partition("-")[2] for name in names), key=lambda text: [int(part) for part in re.findall(r"\d+", text)])
         for name in ("vmlinuz", "initrd.img"):
             self.debugfs("read", f"dump /boot/{name}-{release} {self.folder / name}")
         return release

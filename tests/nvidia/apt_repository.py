@@ -21,11 +21,13 @@ SERVICE = "[Unit]\nDescription={name}\n[Service]\nType=oneshot\nRemainAfterExit=
 POSTINST = """#!/bin/sh
 set -e
 while [ -e /run/slow-build ]; do sleep 0.1; done
-if [ -e /run/broken-build ]; then
+# The file may name the version that cannot be built.
+case "@VERSION@" in "$(cat /run/broken-build 2>/dev/null || echo none)"*)
     echo "Error! Bad return status for module build on kernel: $(uname -r) (x86_64)" >&2
     echo "Consult /var/lib/dkms/nvidia/1/build/make.log for more information." >&2
     exit 10
-fi
+    ;;
+esac
 if [ -e /etc/asks-for-reboot ]; then
     touch /run/reboot-required
     echo "$DPKG_MAINTSCRIPT_PACKAGE" >>/run/reboot-required.pkgs
@@ -107,7 +109,7 @@ def build(package: Package, folder: Path, fill: t.Callable[[Path], None] = lambd
     ]
     (tree / "DEBIAN" / "control").write_text("\n".join(lines) + "\n")
     if package.slow:
-        (tree / "DEBIAN" / "postinst").write_text(POSTINST)
+        (tree / "DEBIAN" / "postinst").write_text(POSTINST.replace("@VERSION@", package.version))
         (tree / "DEBIAN" / "postinst").chmod(0o755)
     if package.service:
         unit = tree / "usr/lib/systemd/system" / package.service

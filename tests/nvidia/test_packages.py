@@ -198,6 +198,20 @@ def test_a_module_that_is_not_built_is_named_and_heals_once_it_can_be(nodes, sou
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2 and nodes.held() == [WHOLE] * 2
 
 
+@pytest.mark.parametrize("kind", ["-open", ""])
+def test_another_version_replaces_a_module_that_is_not_built(nodes, source, kind):
+    source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
+    nodes.run(f"echo {OLD} >/run/broken-build")
+    for message in refused(nodes.bring(driver(source))):
+        assert "nvidia-kernel-open-dkms" in message and "see /var/lib/dkms/nvidia/1/build/make.log" in message
+    number = NEW.rpartition("-")[0]
+    packages = [{"name": name.replace("-open", kind), "version": f"{number}-*"} for name in PACKAGES]
+    succeeded(nodes.bring(driver(source, number, packages=packages)))
+    whole = (WHOLE - {"nvidia-kernel-open-dkms"}) | {f"nvidia-kernel{kind}-dkms"}
+    assert nodes.versions() == [dict.fromkeys(whole, NEW)] * 2 and nodes.held() == [whole] * 2
+    succeeded(nodes.bring(driver(source, number, packages=packages)), changed=False)
+
+
 def test_a_broken_package_of_somebody_else_is_named_before_anything_changes(nodes, source):
     broken = apt_repository.Package("cuda-broken", "1", slow=True)
     source.repository.offer([*apt_repository.driver(OLD), broken])

@@ -193,3 +193,15 @@ def test_what_is_held_at_whatever_version_it_has_is_never_torn_and_never_raised(
     packages = {"cuda-toolkit-13-0": {**entry, "version": "13.0.1-1"}, "cuda-nvcc-13-0": {**entry, "version": "13.0.88-1"}}
     assert apt_state.family(packages, pins) == {"cuda-nvcc-13-0": "", "cuda-toolkit-13-0": "13.0.2-*"}
     assert apt_state.foreign_holds(packages, [], pins, []) == [("cuda-toolkit-13-0", "13.0.1-1", "13.0.2-*")]
+
+
+def test_what_is_left_half_done_and_gets_another_version_is_replaced():
+    packages = {
+        "nvidia-kernel-open-dkms": {"want": "install", "flag": "ok", "state": "half-configured", "version": "580.105.08-1"},
+        "nvidia-driver-cuda": {"want": "install", "flag": "ok", "state": "unpacked", "version": "580.159.03-1"},
+        "cuda-broken": {"want": "install", "flag": "ok", "state": "half-configured", "version": "1"},
+        "nvidia-smi": {"want": "install", "flag": "ok", "state": "installed", "version": "580.105.08-1"},
+    }
+    pins = [{"packages": ["nvidia-*"], "version": "580.159.03-*"}]
+    assert apt_state.replaced(packages, pins) == ["nvidia-kernel-open-dkms"]
+    assert apt_state.replaced(packages, [{"packages": ["*"], "version": ""}]) == []

@@ -140,7 +140,11 @@ def test_the_newest_line_that_fits_is_taken(tmp_path, machine, variables, line):
         (B200, {"cuda_version": "12.6", "pytorch_version": "2.6.0"}, ["torch 2.6.0", "cuda_version: '13.0' and a pytorch_version from 2.9.0 on"]),
         (H100, {"cuda_version": "12.9", "pytorch_version": "2.14.0"}, ["2.8.0 to 2.13.0", "cuda_version: '13.0'"]),
         (B200, {"cuda_version": "12.6"}, ["B200", "sm_100", "cuda_version: '13.0'"]),
-        (H100, {"pytorch_version": "2.13.0+cu126", "cuda_version": "13.0"}, ["2.13.0+cu126", "the line is 13.0", "cu130", "cuda_version: '12.6', or leave +cu126 out"]),
+        (
+            H100,
+            {"pytorch_version": "2.13.0+cu126", "cuda_version": "13.0"},
+            ["2.13.0+cu126", "the line is 13.0", "cu130", "cuda_version: '12.6', or leave +cu126 out"],
+        ),
         (H100, {"pytorch_version": "2.13.0+cpu"}, ["2.13.0+cpu", "cuda_version: 'cpu', or leave +cpu out"]),
         (K80, {}, ["n1: ", "Tesla K80 (sm_37)", "any CUDA line", "take the host out of the group"]),
         ({"gpus": 1, "device": "0x06d1"}, {"cuda_version": "12.6"}, ["Fermi or older (sm_20)", "take the host out of the group"]),

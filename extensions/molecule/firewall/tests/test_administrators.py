@@ -82,7 +82,8 @@ def test_zones_of_firewalld():
     on_all(lambda node: node.run("firewall-cmd --zone=internal --add-interface=other0 && firewall-cmd --policy=allow-host-ipv6 --add-port=9999/tcp"), FIREWALLD)
     try:
         for zone, variables in (("drop", monitored), ("trusted", {})):
-            on_all(lambda node, zone=zone: node.run(f"firewall-cmd --zone={zone} --change-interface=host0 && firewall-cmd --zone={zone} --add-service=ssh"), FIREWALLD)
+            change = f"firewall-cmd --zone={zone} --change-interface=host0 && firewall-cmd --zone={zone} --add-service=ssh"
+            on_all(lambda node, change=change: node.run(change), FIREWALLD)
             converge("-e", json.dumps(variables))  # new sets, or fewer, take a reload, which forgets zones that are not permanent
             for node in FIREWALLD:
                 zones = "; ".join(f"firewall-cmd --get-zone-of-interface={name}" for name in ("host0", "other0"))
@@ -93,7 +94,8 @@ def test_zones_of_firewalld():
             assert_packets()
             on_all(lambda node, zone=zone: node.run(f"firewall-cmd --zone={zone} --remove-service=ssh" if zone == "trusted" else "true"), FIREWALLD)
     finally:
-        undone = "for zone in trusted drop; do firewall-cmd --zone=$zone --remove-interface=host0; done; firewall-cmd --zone=internal --remove-interface=other0; "
+        undone = "for zone in trusted drop; do firewall-cmd --zone=$zone --remove-interface=host0; done; "
+        undone += "firewall-cmd --zone=internal --remove-interface=other0; "
         undone += "for zone in trusted drop; do firewall-cmd --zone=$zone --remove-service=ssh; done"
         on_all(lambda node: node.run(f"{undone}; firewall-cmd --policy=allow-host-ipv6 --remove-port=9999/tcp"), FIREWALLD)
         converge()

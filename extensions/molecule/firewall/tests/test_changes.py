@@ -159,7 +159,11 @@ def test_a_run_that_is_killed_before_it_confirms_is_put_back_by_the_nodes():
 def test_a_node_that_is_restarted_before_the_confirmation_starts_without_the_change():
     before = on_all(Node.snapshot)
     # The power goes as soon as the change begins on one node, and once it is made on the others.
-    made = {"nftables": "nft list ruleset | grep -q sources4_9400", "firewalld": "nft list ruleset | grep -q onp_m4_9400", "ufw": "ipset list -n onp_m4_9400_train"}
+    made = {
+        "nftables": "nft list ruleset | grep -q sources4_9400",
+        "firewalld": "nft list ruleset | grep -q onp_m4_9400",
+        "ufw": "ipset list -n onp_m4_9400_train",
+    }
     script = "until {}; do sleep 0.02; done; systemctl reboot --force --force"
 
     def cut(node: Node) -> None:
@@ -169,7 +173,8 @@ def test_a_node_that_is_restarted_before_the_confirmation_starts_without_the_cha
     on_all(cut)
     restarted(lambda: converge("-e", json.dumps(MONITORED), works=False))
     unchanged(before)
-    assert not any(on_all(lambda node: node.run("ls -d /var/lib/onprem.torch /etc/systemd/system/*/onprem-torch-firewall-rollback.service 2>/dev/null; true")).values())
+    left = "ls -d /var/lib/onprem.torch /etc/systemd/system/*/onprem-torch-firewall-rollback.service 2>/dev/null; true"
+    assert not any(on_all(lambda node: node.run(left)).values())
     in_sync()
     assert_packets()
 

@@ -104,7 +104,8 @@ def test_what_a_reload_forgets_is_brought_back():
         "public": (now, {**permanent, "interfaces": ["eth1", "eth2"]}),
         "internal": ({"interfaces": ["eth0", "eth2"]}, {"interfaces": []}),
     }
-    policies = {"mine": ({"ports": [["9999", "tcp"]], "ingress_zones": ["ANY"]}, {"ingress_zones": ["internal"]}), firewalld.POLICY: ({"rich_rules": ["x"]}, {})}
+    changed = ({"ports": [["9999", "tcp"]], "ingress_zones": ["ANY"]}, {"ingress_zones": ["internal"]})
+    policies = {"mine": changed, firewalld.POLICY: ({"rich_rules": ["x"]}, {})}
     commands = firewalld.lost_by_reload(zones, policies, {"banned": (["192.0.2.9"], [])})
     assert [" ".join(command[1:] if command[0] == "firewall-cmd" else command[-4:]) for command in commands] == [
         "--zone=public --remove-interface=eth1",

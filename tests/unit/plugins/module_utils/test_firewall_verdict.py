@@ -85,7 +85,8 @@ STRICT = """-P INPUT DROP
 def test_rules_of_iptables(text, action):
     assert Ruleset(iptables.items(text, 4, iptables.LEGACY)).through(PACKET).action == action
     six = Packet(6, "fd00::7", 29500, "eth1")
-    assert Ruleset(iptables.items(text.replace("198.18.0.0/24", "fd00::/64").replace("198.18.0.9/32", "fd00::9/128"), 6, "filter")).through(six).action == action
+    text = text.replace("198.18.0.0/24", "fd00::/64").replace("198.18.0.9/32", "fd00::9/128")
+    assert Ruleset(iptables.items(text, 6, "filter")).through(six).action == action
 
 
 def test_only_tables_that_hide_something_are_read_anew():
