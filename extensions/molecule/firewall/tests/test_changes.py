@@ -99,7 +99,9 @@ def test_rules_that_lock_out_and_were_flushed_by_hand_stay_flushed():
         assert f"{node.name}: {ROLLED_BACK}" in printed, printed
         assert from_outsider(node.address, 22) == {22: "SSH-2"}
     on_all(lambda node: node.run("cp -p /root/user*.rules /etc/ufw/" if node.firewall == "ufw" else "cp -p /root/public.xml /etc/firewalld/zones/"), nodes)
-    on_all(lambda node: node.run("ufw reload" if node.firewall == "ufw" else "systemctl restart firewalld"), nodes)
+    # ufw's flush leaves tables that its start does not make; they are empty.
+    empty = "for family in ip ip6; do for table in nat mangle raw; do nft delete table $family $table 2>/dev/null; done; done; ufw reload"
+    on_all(lambda node: node.run(empty if node.firewall == "ufw" else "systemctl restart firewalld"), nodes)
     on_all(restore_administrators_rules, nodes)
     assert on_all(lambda node: node.run("cat /etc/ufw/user.rules /etc/ufw/user6.rules /etc/firewalld/zones/public.xml 2>/dev/null; true"), nodes) == kept
     converge()
@@ -176,7 +178,6 @@ def test_a_node_that_is_restarted_before_the_confirmation_starts_without_the_cha
     left = "ls -d /var/lib/onprem.torch /etc/systemd/system/*/onprem-torch-firewall-rollback.service 2>/dev/null; true"
     assert not any(on_all(lambda node: node.run(left)).values())
     in_sync()
-    assert_packets()
 
 
 def test_two_runs_at_once_and_two_jobs_on_the_nodes():
@@ -188,7 +189,6 @@ def test_two_runs_at_once_and_two_jobs_on_the_nodes():
             run.result()
     for answer in module({"state": "verified", "job": "second"}).values():
         assert (answer["jobs"], answer["differences"]) == (["second", "train"], [])
-    assert_packets()
 
     def kept_to_the_peers(node: Node) -> None:
         peer = NODES[NODES.index(node) - 1]
@@ -197,6 +197,7 @@ def test_two_runs_at_once_and_two_jobs_on_the_nodes():
             assert set(from_outsider(address, 30500, 30501).values()) <= {"dropped", "No route to host", "Permission denied"}
         assert from_outsider(node.address, 9400) == {9400: "hello"}
 
+    on_all(Node.listen)
     on_all(kept_to_the_peers)
     converge("-e", json.dumps({**second, "firewall_state": "absent"}))
     for answer in module({"state": "verified", "job": "train"}).values():
