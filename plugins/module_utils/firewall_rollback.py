@@ -85,14 +85,19 @@ def confirm(node: Node, name: str) -> dict[str, Any]:
             return {"changed": False, "rolled_back": True, "expired": node.read(files.EXPIRED_FILE) == name}
         node.write(files.CONFIRMED_FILE, name, 0o600)
         node.command(["systemctl", "stop", f"{files.ROLLBACK_UNIT}.timer"], check=False)
-        for path in (files.ROLLBACK_UNIT_LINK, files.ROLLBACK_UNIT_FILE, files.CHANGED_FILE):
-            node.remove(path)
-        shutil.rmtree(files.ROLLBACK_DIR + ".confirmed", ignore_errors=True)
-        try:
-            os.rmdir(os.path.dirname(files.ROLLBACK_DIR))
-        except OSError:
-            pass  # others keep something there, too
+        _clear(node)
         return {"changed": False, "rolled_back": False}
+
+
+def _clear(node: Node) -> None:
+    """Remove what a confirmed change has no use for any more."""
+    for path in (files.ROLLBACK_UNIT_LINK, files.ROLLBACK_UNIT_FILE, files.CHANGED_FILE):
+        node.remove(path)
+    shutil.rmtree(files.ROLLBACK_DIR + ".confirmed", ignore_errors=True)
+    try:
+        os.rmdir(os.path.dirname(files.ROLLBACK_DIR))
+    except OSError:
+        pass  # others keep something there, too
 
 
 def _moved() -> bool:
@@ -129,6 +134,8 @@ def _settle(node: Node) -> None:
     """Put back what an interrupted run has left, and wait for what is being put back. Raises NodeError."""
     if os.path.isdir(files.ROLLBACK_DIR):
         put_back(node)
+    elif os.path.isdir(files.ROLLBACK_DIR + ".confirmed"):  # the power went while it was confirmed
+        _clear(node)
     for _attempt in range(100):
         if not os.path.isdir(files.ROLLBACK_DIR + ".running"):
             return

@@ -79,6 +79,7 @@ def test_sshd_within_the_ephemeral_range_stays_reachable():
 def test_zones_of_firewalld():
     """The training interface in a zone that drops, or trusts everybody, and another one in a third; none of it permanently."""
     monitored = {"firewall_monitoring_ports": [{"port": 9400, "sources": ["198.18.48.200"]}]}
+    on_all(Node.listen, FIREWALLD)
     on_all(lambda node: node.run("firewall-cmd --zone=internal --add-interface=other0 && firewall-cmd --policy=allow-host-ipv6 --add-port=9999/tcp"), FIREWALLD)
     try:
         for zone, variables in (("drop", monitored), ("trusted", {})):

@@ -174,6 +174,14 @@ def test_a_node_that_is_restarted_before_the_confirmation_starts_without_the_cha
 
     on_all(cut)
     restarted(lambda: converge("-e", json.dumps(MONITORED), works=False))
+    # Where the change was confirmed before the power went, it stays, and is whole.
+    confirmed = {name for name, text in on_all(lambda node: node.run("cat /etc/onprem.torch/firewall.d/train.json")).items() if "9400" in text}
+    assert "nft12" not in confirmed
+    unchanged({name: text for name, text in before.items() if name not in confirmed})
+    for name in confirmed:
+        assert module({"state": "verified"}, name)[name]["differences"] == []
+    MEASURED.append(f"power lost: put back on {len(NODES) - len(confirmed)} of {len(NODES)} nodes, the others had confirmed")
+    converge()
     unchanged(before)
     left = "ls -d /var/lib/onprem.torch /etc/systemd/system/*/onprem-torch-firewall-rollback.service 2>/dev/null; true"
     assert not any(on_all(lambda node: node.run(left)).values())
