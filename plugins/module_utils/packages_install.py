@@ -138,6 +138,8 @@ class Installation:
         if code:
             self.apt.holds()
             self.run.fail(f"apt cannot install {self.run.settings['name']} ({apt_state.complaint(text)}); correct what it names and run this again")
+        for name in removes:
+            self.run.after[f"package {name}"] = ""
         self.run.result["installed"] = installs
         self.run.result["removed"] = removes
 
@@ -159,5 +161,10 @@ class Installation:
         """Choose exact versions and let apt say what it would do."""
         if len(self.versions(wanted, strict=False)) < len(wanted):
             self.apt.refresh(["update"])
-        self.chosen = [*self.versions(wanted, strict=True), *self.versions(torn, strict=False)]
-        return self.apt.get(["install", "--simulate", *self.apt.options(), *self.chosen])
+        command = ["install", "--simulate", *self.apt.options()]
+        chosen = self.versions(wanted, strict=True)
+        # What gives way to the wanted ones, such as the other kind of kernel modules, gets no other version.
+        code, text = self.apt.get([*command, *chosen])
+        gone = [] if code else apt_state.parse_simulation(text)[1]
+        self.chosen = [*chosen, *self.versions([entry for entry in torn if entry["name"] not in gone], strict=False)]
+        return self.apt.get([*command, *self.chosen])

@@ -207,13 +207,14 @@ def test_nodes_with_troubles(nodes, inventory):
         assert found == [
             f"inv1: torchrun_master_port is 29500, which python3 (pid {pid}) of holder.service holds; choose another port or end that process.",
             "inv1: torchrun_supervisor_port is 29501, which the job 'other' holds; choose another port or end that process.",
-            "inv1, inv2: /run/small has 0.0 GiB free, but 2 GiB are needed for torch; "
-            "free some space or set pytorch_root to a larger file system.",
             "inv2: the distribution is Gentoo Linux, but Debian 12 or 13 or Ubuntu 22.04 or 24.04 was expected; "
             "install one of these or take the host out of the group.",
             f"inv2: the clock is at least {behind} s behind the control node's, but at most 1 s was expected; "
             "synchronise it (systemd-timesyncd or chrony).",
-            "inv2: torchrun_data_paths names /run/data, which does not exist on this node; mount or create it, or correct the path."]
+            "inv2: torchrun_data_paths names /run/data, which does not exist on this node; mount or create it, or correct the path.",
+            # What takes room is known once all else is decided.
+            "inv1, inv2: /run/small has 0.0 GiB free, but 2 GiB are needed for torch; "
+            "free some space or set pytorch_root to a larger file system."]
     finally:
         machines.shell("inv1", "systemctl stop holder torchrun-other; rm -f /run/systemd/system/torchrun-other.service; systemctl daemon-reload; "
                                "umount /run/small; rm -rf /run/small /run/data")

@@ -57,6 +57,11 @@ def test_other_kernel_modules_replace_the_open_ones(nodes, source):
     for answer in succeeded(nodes.bring(driver(source, packages=packages))):
         assert answer["removed"] == ["nvidia-kernel-open-dkms"]
     assert all("nvidia-kernel-dkms" in held for held in nodes.held())
+    # Kind and version at once.
+    source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
+    for answer in succeeded(nodes.bring(driver(source, NEW.rpartition("-")[0]))):
+        assert answer["removed"] == ["nvidia-kernel-dkms"]
+    assert nodes.versions() == [dict.fromkeys(WHOLE, NEW)] * 2 and nodes.held() == [WHOLE] * 2
 
 
 def toolkit(source: conftest.Source) -> dict[str, t.Any]:
