@@ -69,7 +69,8 @@ def test_one_variable_changes_version_and_kind_with_one_reboot(site, modules):
 
 def test_a_kernel_upgrade_brings_the_driver_along(site):
     before = site.guest.shell("uname -r").strip()
-    site.guest.shell("DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 update && DEBIAN_FRONTEND=noninteractive apt-get --quiet=2 --yes full-upgrade")
+    upgrade = "export DEBIAN_FRONTEND=noninteractive; apt-get --quiet=2 update && apt-get --quiet=2 --yes full-upgrade"
+    site.guest.shell(upgrade, timeout=1800)
     if len(site.guest.shell("ls /boot | grep vmlinuz-").split()) < 2:
         pytest.skip("Debian has no newer kernel among its security updates now")
     site.guest.reboot()
