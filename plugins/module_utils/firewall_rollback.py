@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
+from ansible_collections.onprem.torch.plugins.module_utils import node_lock
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
 
 # How long a run waits for another one to confirm its change before it puts that back, and for another one to end, in seconds.
@@ -154,15 +154,8 @@ def _awaits_confirmation() -> bool:
 @contextmanager
 def _lock() -> Iterator[None]:
     """Held while the firewall is changed. Raises NodeError."""
-    os.makedirs(files.RUN_DIR, exist_ok=True)
-    with open(files.RUN_DIR + "/firewall.lock", "w", encoding="ascii") as handle:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise NodeError(f"Another run has been changing the firewall for {LOCK_PATIENCE} s; wait for it, or look at `ps` on the node.") from None
-                time.sleep(0.1)
-        yield
+    try:
+        with node_lock.held("firewall", LOCK_PATIENCE):
+            yield
+    except node_lock.Busy:
+        raise NodeError(f"Another run has been changing the firewall for {LOCK_PATIENCE} s; wait for it, or look at `ps` on the node.") from None

@@ -71,7 +71,7 @@ class Driver:
             return
         code, out, _err = self.run.module.run_command(["systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *units])
         if code:
-            return
+            return  # no systemd answers, as in a chroot, so that there is nothing to enable
         module = self.run.settings["kernel_module"]
         runs = not module or os.path.isdir(f"/sys/module/{module}")
         for paragraph in out.split("\n\n"):

@@ -104,6 +104,7 @@ def served():
 
 def respected(mine):
     """Some images hold their NCCL: that is respected and named, until it is released as the sentence says."""
+    # grep finds nothing where nothing is held.
     held = mine.step.hall.machines[0].shell("apt-mark showhold | grep -x 'libnccl.*' || true").split()
     if not held:
         return []

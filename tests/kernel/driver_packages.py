@@ -9,13 +9,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "nvidia"))
-import apt_repository  # noqa: E402
+import apt_repository
 
 FLAVOURS = {
     "nvidia-kernel-open-dkms": "Open Kernel Module for x86_64",
     "nvidia-kernel-dkms": "x86_64 Kernel Module",
 }
-# As dh_dkms writes them.
+# As dh_dkms writes them. A version that could not be built may be unknown to DKMS, and its package has to go all the same.
 POSTINST = """#!/bin/sh
 set -e
 [ "$1" != configure ] || /usr/lib/dkms/common.postinst nvidia {version} /usr/share/{name} "" "$2"

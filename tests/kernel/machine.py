@@ -178,6 +178,7 @@ class Machine:
     def wait(self, boots: int = 1, seconds: int = 300) -> None:
         """Wait until a kernel that was started as the given one or later answers."""
         deadline = time.monotonic() + seconds
+        # Nothing answers until sshd runs; a unit that has failed is no reason to wait.
         while not (self.boots >= boots and self.shell("systemctl is-system-running --wait || true", check=False)):
             if self.problem or time.monotonic() > deadline:
                 console = self.folder / f"console-{self.boots}.log"
