@@ -83,11 +83,40 @@ def test_a_connection_that_nobody_answers_is_seen_in_the_kernels_table(namespace
             found = supervisor.unanswered(tables, os.getuid())
             time.sleep(0.2)
         assert found == expected
+        counters = subprocess.run([*namespace, "cat", supervisor.TCP_COUNTERS], capture_output=True, text=True, check=True).stdout
+        assert supervisor.repeated_requests(counters) >= supervisor.RESENT
         assert time.monotonic() - began > 2, "an answer that is a moment late is no firewall"
         assert supervisor.unanswered(tables, os.getuid() + 1) == []
     finally:
         child.kill()
         child.wait()
+
+
+ROW = "   0: 0200007F:C350 0100007F:733D 02 00000000:00000000 01:00000100 {resent:08x} {uid:5d} 0 1 2 0000000000000000 800 0 0 1 7\n"
+
+
+def test_the_kernels_table_is_read_only_when_a_request_was_repeated(tmp_path, monkeypatch):
+    counters, table = tmp_path / "netstat", tmp_path / "tcp"
+    monkeypatch.setattr(supervisor, "TCP_COUNTERS", str(counters))
+    monkeypatch.setattr(supervisor, "TCP_TABLES", (str(table),))
+    torchrun = supervisor.Torchrun(supervisor.MarkedTree(str(tmp_path)), str(tmp_path), str(tmp_path / "errors"), "", lambda: None)
+
+    def look(repeated, resent):
+        counters.write_text(f"TcpExt: TW TCPSynRetrans TCPKeepAlive\nTcpExt: 7 {repeated} 3\nIpExt: InOctets\nIpExt: 5\n")
+        table.write_text("header\n" + ROW.format(resent=resent, uid=os.geteuid()))
+        torchrun.look_for_blocked("127.0.0.2")
+        return torchrun.still_blocked()
+
+    sentence = ["127.0.0.1 drops TCP from 127.0.0.2 to port 29501, look at its firewall"]
+    assert look(10, 1) == [], "the first look reads the table, but the request was repeated once only"
+    assert look(10, 2) == [], "the counter says that there is nothing new"
+    assert look(11, 2) == sentence
+    seen = torchrun.blocked[sentence[0]]
+    assert look(11, 2) == sentence and torchrun.blocked[sentence[0]] > seen, "a known one is looked at until it is gone"
+    counters.unlink()
+    torchrun.blocked.clear()
+    torchrun.look_for_blocked("127.0.0.2")
+    assert torchrun.still_blocked() == sentence, "a kernel that does not count"
 
 
 def test_a_failure_that_an_unanswered_connection_explains_names_it(tmp_path):

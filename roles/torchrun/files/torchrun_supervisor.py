@@ -881,10 +881,20 @@ class Pump(threading.Thread):
 
 
 TCP_TABLES = ("/proc/self/net/tcp", "/proc/self/net/tcp6")
+TCP_COUNTERS = "/proc/self/net/netstat"
 BLOCKED_PERIOD = 5.0            # seconds between looks at the kernel's table
 BLOCKED_COUNTS = 30.0           # seconds for which a look's finding explains a failure
 MOST_BLOCKED = 8                # sentences; more would say nothing new
 SYN_SENT, RESENT = "02", 2      # the second repetition goes out three seconds after the first packet
+
+
+def repeated_requests(counters: str) -> Optional[int]:
+    """How many requests to connect this network namespace has sent again so far; None where its kernel does not tell."""
+    rows = [line.split() for line in counters.splitlines()]
+    for names, values in zip(rows[::2], rows[1::2]):
+        if "TCPSynRetrans" in names:
+            return int(values[names.index("TCPSynRetrans")])
+    return None
 
 
 def unanswered(table: str, uid: int) -> list[tuple[str, str, int]]:
@@ -921,6 +931,7 @@ class Torchrun:
         self.ended_at: Optional[float] = None       # when we told it to end
         self.stuck: list[str] = []                  # processes found stopped when the job hung
         self.blocked: dict[str, float] = {}         # sentence on connections that nobody answers, when last seen so
+        self.repeated: Optional[int] = None         # requests to connect sent again, at the last look
         self.start_error = ""
 
     def start(self, command: list[str], generation: int) -> None:
@@ -957,7 +968,19 @@ class Torchrun:
             self.on_closing()
 
     def look_for_blocked(self, address: str) -> None:
-        """Note connections from this node's training address that nobody answers: torch itself says so after minutes, if at all."""
+        """Note connections from this node's training address that nobody answers: torch itself says so after minutes, if at all.
+
+        The kernel walks through all its buckets for its table, which takes milliseconds on a node with much memory; a
+        counter tells whether there is anything to find.
+        """
+        before = self.repeated
+        try:
+            with open(TCP_COUNTERS, encoding="ascii") as file:
+                self.repeated = repeated_requests(file.read())
+        except OSError:
+            self.repeated = None
+        if self.repeated is not None and self.repeated == before and not self.still_blocked():
+            return
         for path in TCP_TABLES:
             try:
                 with open(path, encoding="ascii") as file:
