@@ -16,7 +16,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import firewall_rollb
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_ufw as ufw
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import SSH_SOCKETS, Node, NodeError
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_sets import OUR_SET
-from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import JobRules, SpecError, check_together, load, parse_job, with_range_of_the_kernel
 
 
 @dataclass
@@ -93,7 +93,6 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
         if request.interface and not node.has_interface(request.interface):
             known = ", ".join(name for name in node.interfaces() if name != "lo")
             problems.append(f"cluster_interface is {request.interface}, which this node does not have; choose one of {known}.")
-        before = plan.range_before(facts)
         try:
             rules = parse_job(
                 request.job,
@@ -101,7 +100,7 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
                 request.peers,
                 request.interface,
                 request.trust_peers,
-                kernel_range=before if before and not any(job.narrow for job in jobs.values()) else facts.kernel_range,
+                kernel_range=facts.kernel_range,
                 narrow_range=request.ephemeral_ports,
                 protect=request.protect,
                 monitoring=request.monitoring_ports,
@@ -114,7 +113,7 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
         raise SpecError(problems)
     result = [jobs[name] for name in sorted(jobs)]
     check_together(result)
-    return result
+    return with_range_of_the_kernel(result, plan.range_before(facts) or facts.kernel_range)
 
 
 def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:

@@ -25,7 +25,8 @@ UNIT = "onprem-torch-firewall.service"
 UNIT_FILE = "/etc/systemd/system/" + UNIT
 UNIT_LINK = "/etc/systemd/system/sysinit.target.wants/" + UNIT
 DROP_IN = "/etc/systemd/system/nftables.service.d/50-onprem-torch-firewall.conf"
-SYSCTL_FILE = "/etc/sysctl.d/60-onprem-torch-firewall.conf"
+# Files are read by name, and the last one wins: an administrator's 99-tuning.conf must not.
+SYSCTL_FILE = "/etc/sysctl.d/zz-onprem-torch-firewall.conf"
 RANGE_SYSCTL = "/proc/sys/net/ipv4/ip_local_port_range"
 RUN_DIR = "/run/onprem.torch"
 # What an unconfirmed change is put back from. Not below /run: a node that is restarted meanwhile must not keep the change.

@@ -49,13 +49,14 @@ class Live:
     """What firewalld says of itself.
 
     version: (major, minor). backend: what it writes to, nftables or iptables.
-    rules: the rich rules of our policy; None where it is not loaded. sets: entries of our ipsets by name.
+    rules: the rich rules of our policy; None where it is not loaded. sets: entries of our ipsets by name. kinds: their types.
     """
 
     version: tuple[int, int] = (0, 0)
     backend: str = "nftables"
     rules: Optional[frozenset[str]] = None
     sets: dict[str, frozenset[str]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 def with_interface(version: tuple[int, int], wanted: Iterable[Accept]) -> list[Accept]:
@@ -76,12 +77,16 @@ def ipset_path(source: AddressSet) -> str:
     return f"{IPSETS_DIR}/{source.name}.xml"
 
 
+def kind(source: AddressSet) -> str:
+    """The ipset's type."""
+    return "hash:net,iface" if source.interface else "hash:net" if source.networks else "hash:ip"
+
+
 def ipset_file(source: AddressSet) -> str:
     """The ipset as firewalld reads it, an entry a line."""
-    kind = "hash:net,iface" if source.interface else "hash:net" if source.networks else "hash:ip"
     lines = [
         '<?xml version="1.0" encoding="utf-8"?>',
-        f'<ipset type="{kind}">',
+        f'<ipset type="{kind(source)}">',
         "  <short>onprem.torch</short>",
         "  <description>Made by the role firewall and replaced by its next run: changes belong into its variables.</description>",
         f'  <option name="family" value="{"inet" if source.version == 4 else "inet6"}"/>',
@@ -125,9 +130,12 @@ def policy_file(wanted: Sequence[Accept]) -> str:
 
 
 def needs_reload(live: Live, wanted: Sequence[Accept]) -> bool:
-    """Whether what firewalld holds differs in more than the entries of sets: those can be changed without a reload."""
+    """Whether what firewalld holds differs in more than the entries of sets: those can be changed without a reload.
+
+    A set's type changes with firewalld's release: see with_interface.
+    """
     texts = frozenset(text for _element, text in rules(wanted))
-    return live.rules != (texts or None) or set(live.sets) != {accept.source.name for accept in wanted}
+    return live.rules != (texts or None) or live.kinds != {accept.source.name: kind(accept.source) for accept in wanted}
 
 
 def changed_sets(live: Live, wanted: Sequence[Accept]) -> dict[str, tuple[str, ...]]:
@@ -197,6 +205,16 @@ def loaded_by_reload(kind: str, settings: Mapping[str, Both]) -> list[str]:
         else:
             found += [f"{key} {permanent[key]} of the {kind} {name}" for key in FIXED if key in permanent and now.get(key) != permanent[key]]
     return found
+
+
+def used_services(*settings: Mapping[str, Both]) -> list[str]:
+    """The services that zones or policies let in, now or permanently; settings: name to (now, permanent)."""
+    return sorted({service for both in settings for pair in both.values() for side in pair if side for service in side.get("services") or []})
+
+
+def changed_by_reload(services: Mapping[str, Both]) -> list[str]:
+    """Services whose definition a reload would replace: name to (now, permanent)."""
+    return [f"the service {name}" for name, (now, permanent) in sorted(services.items()) if now != permanent]
 
 
 def lost_by_reload(zones: Mapping[str, Both], policies: Mapping[str, Both], ipsets: Mapping[str, tuple[Iterable[str], Iterable[str]]]) -> list[list[str]]:

@@ -223,20 +223,23 @@ class Node:
             live.rules = frozenset(settings.get("rich_rules", []))
         for name in self.bus(".ipset", "getIPSets"):
             if OUR_SET.fullmatch(name):
-                live.sets[name] = normal(self.bus(".ipset", "getEntries", "s", name))
+                _version, _short, _description, live.kinds[name], _options, entries = self.bus(".ipset", "getIPSetSettings", "s", name)
+                live.sets[name] = normal(entries)
         return live
 
     def lost_by_reload(self) -> list[list[str]]:
         """Commands that bring back what firewalld forgets in a reload. Raises NodeError."""
         config = firewalld.BUS_PATH + "/config"
-        if self.bus(".direct", "getAllRules") != self.bus(".config.direct", "getSettings", path=config)[1]:
+        direct = [self.bus(".direct", method) for method in ("getAllChains", "getAllRules", "getAllPassthroughs")]
+        if [sorted(rows, key=str) for rows in direct] != [sorted(rows, key=str) for rows in self.bus(".config.direct", "getSettings", path=config)]:
             raise NodeError(
                 "firewalld holds direct rules that are not permanent, and the reload that a change needs would drop them; "
                 "keep them with `firewall-cmd --runtime-to-permanent`, or remove them."
             )
         zones = self._now_and_permanent("zone", "getZones", "getZoneSettings2", "getZoneNames", "getZoneByName", "getSettings2")
         policies = self._now_and_permanent("policy", "getPolicies", "getPolicySettings", "getPolicyNames", "getPolicyByName", "getSettings")
-        waiting = firewalld.loaded_by_reload("zone", zones) + firewalld.loaded_by_reload("policy", policies)
+        services = {name: self._service_now_and_permanent(name) for name in firewalld.used_services(zones, policies)}
+        waiting = firewalld.loaded_by_reload("zone", zones) + firewalld.loaded_by_reload("policy", policies) + firewalld.changed_by_reload(services)
         if waiting:
             raise NodeError(
                 f"firewalld's permanent configuration holds what is not loaded yet ({', '.join(waiting)}), and the reload that a change needs would "
@@ -249,6 +252,14 @@ class Node:
                 path = self.bus(".config", "getIPSetByName", "s", name, path=config)
                 ipsets[name] = (self.bus(".ipset", "getEntries", "s", name), self.bus(".config.ipset", "getEntries", path=path))
         return firewalld.lost_by_reload(zones, policies, ipsets)
+
+    def _service_now_and_permanent(self, name: str) -> firewalld.Both:
+        """What a service stands for, as it is and as it is kept; None where there is none, as after its file was removed."""
+        config = firewalld.BUS_PATH + "/config"
+        now = self.bus("", "getServiceSettings2", "s", name) if name in self.bus("", "listServices") else None
+        if name not in self.bus(".config", "getServiceNames", path=config):
+            return now, None
+        return now, self.bus(".config.service", "getSettings2", path=self.bus(".config", "getServiceByName", "s", name, path=config))
 
     def _now_and_permanent(self, kind: str, names: str, settings: str, kept_names: str, by_name: str, kept_settings: str) -> dict[str, firewalld.Both]:
         """All zones' or policies' settings, as they are and as they are kept; the arguments are firewalld's words for asking."""

@@ -24,6 +24,8 @@ from ansible_collections.onprem.torch.plugins.module_utils.firewall_spec import 
 BACKENDS = ("nftables", "firewalld", "ufw")
 # The package that brings a backend's program, the same on all supported distributions.
 PACKAGES = {"nft": "nftables", "ipset": "ipset"}
+SOME_INTERFACE = ""  # one that no rule names
+FIRST_UNPRIVILEGED, LAST_PORT = 1024, 65535
 
 
 @dataclass
@@ -71,19 +73,27 @@ class Target:
 
 
 def first_packets(jobs: Sequence[JobRules]) -> list[verdict.Packet]:
-    """Connections that must come through: from the first and the last peer of each job to its ports and into its range."""
+    """Connections that must come through: from the peers of each job to its ports and into its range, from those that monitor."""
     packets: list[verdict.Packet] = []
     for job in jobs:
-        ports = [*job.ports, (job.ephemeral[0] + job.ephemeral[1]) // 2]
+        low, high = job.ephemeral
+        ports = [*job.ports, low, (low + high) // 2, high]
         for version, peers in ((4, job.peers4), (6, job.peers6)):
-            for peer in sorted({*peers[:1], *peers[-1:]}):
-                packets += [verdict.Packet(version, peer, port, job.interface) for port in ports]
-        for row in job.monitoring:
-            for version, sources in ((4, row.sources4), (6, row.sources6)):
-                for source in sources[:1]:
-                    network = ipaddress.ip_network(source)
-                    packets.append(verdict.Packet(version, str(network.network_address), row.port, job.interface))
-    return packets
+            packets += [verdict.Packet(version, peer, port, job.interface) for peer in sorted({*peers[:1], *peers[-1:]}) for port in ports]
+            # A rule of the user's may name some of the nodes; most treat all ports of one alike.
+            packets += [verdict.Packet(version, peer, port, job.interface) for peer in peers[1:-1] for port in (ports[0], high)]
+    return packets + from_monitors(jobs)
+
+
+def from_monitors(jobs: Sequence[JobRules], interface: Optional[str] = None) -> list[verdict.Packet]:
+    """Connections of those that monitor, on the training interface or another one."""
+    return [
+        verdict.Packet(version, str(ipaddress.ip_network(source).network_address), row.port, job.interface if interface is None else interface)
+        for job in jobs
+        for row in job.monitoring
+        for version, sources in ((4, row.sources4), (6, row.sources6))
+        for source in sources
+    ]
 
 
 def of_a_manager(key: tuple[str, str, str], facts: Facts) -> bool:
@@ -116,6 +126,10 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
             )
     chains = verdict.deciding_chains(facts.filters, first_packets(jobs))
     ours = {key: reason for key, reason in chains.items() if not of_a_manager(key, facts)}
+    if active == "nftables":
+        # Those that monitor may come in by any interface. What only iptables could open is left to whoever made its rules for one.
+        elsewhere = verdict.deciding_chains(facts.filters, from_monitors(jobs, SOME_INTERFACE))
+        ours.update({key: reason for key, reason in elsewhere.items() if key[1] != iptables.LEGACY and not verdict.managed_by_iptables(key)})
     for key, reason in ours.items():
         name = " ".join(key)
         if key[1] == iptables.LEGACY:
@@ -141,10 +155,20 @@ def choose_backend(asked: str, jobs: Sequence[JobRules], facts: Facts) -> tuple[
 
 
 def stranger_gets_in(jobs: Sequence[JobRules], facts: Facts) -> bool:
-    """Whether no firewall of the user's keeps an address and port that no rule names away from the training interface."""
+    """Whether no firewall of the user's keeps an address that no rule names away from the training interface.
+
+    That a rule drops some ports is not enough: most of the range that listeners get their ports from, and most of the others
+    that a job's ports can be chosen from, have to be closed.
+    """
     if flushed(facts):
         return files.GUARD_FILE in facts.present  # the node's own rules come back in this run: leave it at what they called for
-    return any(not verdict.keeps_strangers_out(facts.filters, version, job.interface, 0) for job in jobs if job.protect for version in (4, 6))
+    for job in jobs:
+        low, high = job.ephemeral
+        others = [*range(FIRST_UNPRIVILEGED, low), *range(high + 1, LAST_PORT + 1)]
+        for ports in (range(low, high + 1), others):
+            if job.protect and ports and not all(verdict.keeps_strangers_out(facts.filters, version, job.interface, ports) for version in (4, 6)):
+                return True
+    return False
 
 
 def flushed(facts: Facts) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import ipaddress
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Iterable, Mapping, Sequence
 
 SPEC_VERSION = 1
@@ -215,6 +215,15 @@ def check_together(jobs: Sequence[JobRules]) -> None:
         problems.append(f"Jobs on this node ask for different firewall_ephemeral_ports ({shown}); a kernel has one range, give all of them the same.")
     if problems:
         raise SpecError(problems)
+
+
+def with_range_of_the_kernel(jobs: Sequence[JobRules], usual: tuple[int, int]) -> list[JobRules]:
+    """The jobs with the range that the kernel will have: one job that narrows it does so for all, and the last one to go gives it back.
+
+    usual: the kernel's range where nobody narrows it.
+    """
+    ephemeral = next((rules.ephemeral for rules in jobs if rules.narrow), usual)
+    return [replace(rules, ephemeral=ephemeral) for rules in jobs]
 
 
 def dump(rules: JobRules) -> str:

@@ -14,7 +14,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any, Iterable, Mapping, Optional, Sequence
 
-from ansible_collections.onprem.torch.plugins.module_utils.firewall_nft import PREFIX, OWN_TABLE, is_our_jump
+from ansible_collections.onprem.torch.plugins.module_utils.firewall_nft import PREFIX, OWN_TABLE, intervals, is_our_jump
 
 ACCEPT = "accept"
 DROP = "drop"
@@ -27,6 +27,7 @@ _PASSIVE = frozenset(
 # Statements that limit what matches: with "inv" (over), a well-behaved packet is not concerned; without it, it is.
 _LIMITS = frozenset(("limit", "quota", "ct count", "connlimit"))
 _MAX_DEPTH = 16
+SAMPLES = 15  # ports that are looked at, evenly spaced, to tell what happens to most of a range
 _COMPARED = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge}
 _TCP_FLAGS = ("fin", "syn", "rst", "psh", "ack", "urg", "ecn", "cwr")
 
@@ -84,6 +85,7 @@ class Ruleset:
                 body = item.get("set") or item["map"]
                 self.sets[(body["family"], body["table"], body["name"])] = body
         self.skip_ours = skip_ours
+        self._ranges: dict[tuple[str, str, str], Optional[list[tuple[int, int]]]] = {}
 
     def base_chains(self, version: int) -> list[tuple[str, str, str]]:
         """Filtering base chains on the way into the node, in the order a packet meets them."""
@@ -199,6 +201,16 @@ class Ruleset:
         """The elements of a named set or map."""
         return list(self.sets.get((key[0], key[1], reference.lstrip("@")), {}).get("elem", []))
 
+    def _addresses(self, key: tuple[str, str, str], reference: str) -> Optional[list[tuple[int, int]]]:
+        """The addresses of a named set as ranges of numbers, None for a set of something else. Kept: hundreds of peers are looked up."""
+        place = (key[0], key[1], reference)
+        if place not in self._ranges:
+            try:
+                self._ranges[place] = intervals(self._elements(key, reference))
+            except (KeyError, TypeError, ValueError):
+                self._ranges[place] = None
+        return self._ranges[place]
+
     def _matches(self, key: tuple[str, str, str], body: Mapping[str, Any], packet: Packet) -> bool:
         """Whether the packet meets a condition. Raises _Unknown."""
         value = self._value(body["left"], packet)
@@ -247,6 +259,9 @@ class Ruleset:
     def _equal(self, key: tuple[str, str, str], value: Any, right: Any) -> bool:
         """Whether a value is, or is among, the right side. Raises _Unknown."""
         if isinstance(right, str) and right.startswith("@"):
+            ranges = self._addresses(key, right) if isinstance(value, (ipaddress.IPv4Address, ipaddress.IPv6Address)) else None
+            if ranges is not None:
+                return any(low <= int(value) <= high for low, high in ranges)
             return any(self._equal(key, value, element) for element in self._elements(key, right))
         if isinstance(right, Mapping) and "|" not in right:
             if "set" in right:
@@ -376,9 +391,15 @@ def deciding_chains(items: Sequence[Mapping[str, Any]], packets: Iterable[Packet
     return found
 
 
-def keeps_strangers_out(items: Sequence[Mapping[str, Any]], version: int, interface: str, port: int) -> bool:
-    """Whether the user's rules alone drop a new connection to `port` from an address that no rule names."""
-    return Ruleset(items).through(Packet(version, None, port, interface)).action == DROP
+def keeps_strangers_out(items: Sequence[Mapping[str, Any]], version: int, interface: str, ports: Sequence[int]) -> bool:
+    """Whether the user's rules alone drop new connections to most of `ports` from an address that no rule names.
+
+    Most, since a rule may name some: one that lets a service in does not make a default of it, nor does one that drops it.
+    """
+    ruleset = Ruleset(items)
+    sample = sorted({ports[(len(ports) - 1) * step // (SAMPLES - 1)] for step in range(SAMPLES)})
+    dropped = [port for port in sample if ruleset.through(Packet(version, None, port, interface)).action == DROP]
+    return 2 * len(dropped) > len(sample)
 
 
 def managed_by_iptables(key: tuple[str, str, str]) -> bool:

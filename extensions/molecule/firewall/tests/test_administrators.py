@@ -106,12 +106,15 @@ def test_zones_of_firewalld():
 def test_what_waits_for_a_reload_of_firewalld_is_not_loaded_for_the_administrator():
     """It may lock out, and a roll-back could not take it away."""
     on_all(lambda node: node.run("firewall-cmd --permanent --new-policy=strict && firewall-cmd --permanent --policy=strict --set-target=DROP"), FIREWALLD)
+    on_all(lambda node: node.run("firewall-cmd --permanent --service=ssh --add-port=2222/tcp --remove-port=22/tcp"), FIREWALLD)
     try:
         asked = {"job": "other", "ports": [30500], "peers": ["198.18.48.11"], "interface": "host0"}
         for name, answer in module(asked, "fwd12,fwd13").items():
-            assert answer["failed"] and "holds what is not loaded yet (the policy strict)" in answer["msg"], (name, answer)
+            assert answer["failed"] and "holds what is not loaded yet (the policy strict, the service ssh)" in answer["msg"], (name, answer)
     finally:
-        on_all(lambda node: node.run("firewall-cmd --permanent --delete-policy=strict"), FIREWALLD)
+        on_all(lambda node: node.run("firewall-cmd --permanent --delete-policy=strict && rm /etc/firewalld/services/ssh.xml*"), FIREWALLD)
+        # firewalld looks at its files when it is asked the next time, but at those that are gone only in a reload.
+        on_all(lambda node: node.run("firewall-cmd --reload"), FIREWALLD)
     in_sync()
 
 

@@ -170,6 +170,10 @@ def test_peers_that_are_not_trusted_and_monitoring():
     converge("-e", variables)
     assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").strip()).values()) == {"44000\t46999"}
     assert_packets()
+    # At the next boot the files are read by name; an administrator's own must not come last.
+    own = "/etc/sysctl.d/99-tuning.conf"
+    on_all(lambda node: node.run(f"echo net.ipv4.ip_local_port_range = 1024 65535 >{own}; systemctl restart systemd-sysctl; rm {own}"))
+    assert set(on_all(lambda node: node.run("cat /proc/sys/net/ipv4/ip_local_port_range").strip()).values()) == {"44000\t46999"}
     on_all(lambda node: node.run("systemd-run --quiet --collect --unit=other python3 -m http.server --bind :: 33333"))
     dropping = [node for node in NODES if node.name != "nft12"]
     wait_until(lambda: all(on_all(lambda node: node.run("ss -Htln 'sport = :33333'").strip()).values()), "33333 is listened on")

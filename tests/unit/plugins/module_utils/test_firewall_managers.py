@@ -76,13 +76,14 @@ def test_firewalld_reads_what_it_is_compared_with(some, version):
     root = ET.fromstring(firewalld.policy_file(found))
     assert len(root.findall("rule")) == len(firewalld.rules(found))
     assert {rule.find("source").get("ipset") for rule in root.findall("rule")} == {accept.source.name for accept in found}
-    live = {}
+    live, kinds = {}, {}
     for accept in found:
         ipset = ET.fromstring(firewalld.ipset_file(accept.source))
         live[accept.source.name] = sets.normal(entry.text for entry in ipset.findall("entry"))
+        kinds[accept.source.name] = ipset.get("type")
         assert ("iface" in ipset.get("type")) == (version >= firewalld.SETS_WITH_INTERFACE and not accept.source.networks)
     texts = frozenset(text for _element, text in firewalld.rules(found))
-    assert not firewalld.needs_reload(firewalld.Live(version, "nftables", texts, live), found)
+    assert not firewalld.needs_reload(firewalld.Live(version, "nftables", texts, live, kinds), found)
     assert firewalld.changed_sets(firewalld.Live(version, "nftables", texts, live), found) == {}
     flushed = firewalld.differences(firewalld.Live(version, "nftables", texts, live), found, [])
     assert flushed == ["firewalld is active, but its rules are gone from the kernel, as after a flush by hand."]
@@ -92,9 +93,12 @@ def test_another_node_is_an_entry_and_no_reload():
     two, three = sets.accepts([with_peers(2)]), sets.accepts([with_peers(3)])
     texts = frozenset(text for _element, text in firewalld.rules(two))
     live = firewalld.Live((2, 3), "nftables", texts, {a.source.name: sets.normal(firewalld.entries(a.source)) for a in two})
+    live.kinds = {accept.source.name: firewalld.kind(accept.source) for accept in two}
     assert not firewalld.needs_reload(live, three)
     assert set(firewalld.changed_sets(live, three)) == {"onp_p4_digits", "onp_p6_digits"}
     assert ufw.rule_lines(two, 4) == ufw.rule_lines(three, 4)
+    live.kinds = {name: "hash:ip" for name in live.kinds}
+    assert firewalld.needs_reload(live, three), "sets of an older release have another type"
 
 
 def test_what_a_reload_forgets_is_brought_back():
@@ -129,6 +133,13 @@ def test_what_a_reload_would_load_for_the_first_time_is_named():
     policies = {"block": (None, block), "same": (block, block), "other": ({"target": "CONTINUE", "priority": -200}, block), firewalld.POLICY: (None, block)}
     assert firewalld.loaded_by_reload("policy", policies) == ["the policy block", "target DROP of the policy other"]
     assert firewalld.loaded_by_reload("zone", {"temporary": (block, None)}) == []
+
+
+def test_a_service_that_was_changed_but_not_loaded_is_named():
+    zones = {"public": ({"services": ["ssh"]}, {"services": ["ssh", "own"]}), "new": (None, {"services": ["http"]})}
+    assert firewalld.used_services(zones, {"mine": ({}, None)}) == ["http", "own", "ssh"]
+    ssh, moved = {"ports": [["22", "tcp"]]}, {"ports": [["2222", "tcp"]]}
+    assert firewalld.changed_by_reload({"ssh": (ssh, moved), "http": (ssh, ssh), "own": (None, moved)}) == ["the service own", "the service ssh"]
 
 
 def test_everyone_is_two_halves():
