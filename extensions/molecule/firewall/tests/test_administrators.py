@@ -105,8 +105,8 @@ def test_zones_of_firewalld():
 
 def test_what_waits_for_a_reload_of_firewalld_is_not_loaded_for_the_administrator():
     """It may lock out, and a roll-back could not take it away."""
-    on_all(lambda node: node.run("firewall-cmd --permanent --new-policy=strict && firewall-cmd --permanent --policy=strict --set-target=DROP"), FIREWALLD)
-    on_all(lambda node: node.run("firewall-cmd --permanent --service=ssh --add-port=2222/tcp --remove-port=22/tcp"), FIREWALLD)
+    waiting = ["--new-policy=strict", "--policy=strict --set-target=DROP", "--service=ssh --add-port=2222/tcp", "--service=ssh --remove-port=22/tcp"]
+    on_all(lambda node: node.run(" && ".join(f"firewall-cmd --permanent {words}" for words in waiting)), FIREWALLD)
     try:
         asked = {"job": "other", "ports": [30500], "peers": ["198.18.48.11"], "interface": "host0"}
         for name, answer in module(asked, "fwd12,fwd13").items():
