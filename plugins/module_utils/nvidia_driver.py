@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     TURING,
     Manifest,
@@ -269,7 +270,7 @@ def decide(
     if not manages(variables):
         return {**result, "action": "check"}, unmanaged_advice(name, line, state, fabric, node)
     wanted = str(variables.get("nvidia_driver_version") or "")
-    version = wanted or manifest["driver"]["version"]
+    version = wanted or nvidia_sources.default_driver(node, manifest)
     running = state.get("loaded", "")
     if is_good(line, node) and not wanted:
         if not is_ours(node, manifest):

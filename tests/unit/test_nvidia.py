@@ -74,8 +74,9 @@ def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, mach
     assert names(decision) == ["linux-headers-6.1.0-30-amd64", *packages]
     settings = decision["driver"]["settings"]
     versions = {entry["version"] for entry in settings["packages"] if entry["name"].startswith("nvidia")}
-    assert versions == {"580.105.08-*"}
-    assert settings["pins"][0]["version"] == "580.105.08-*"
+    version = "590.48.01-*" if distribution == TRIXIE else "580.105.08-*"
+    assert versions == {version}
+    assert settings["pins"][0]["version"] == version
     assert ("nvidia-fabricmanager.service" in settings["services"]) is fabric
     folder = {"12": "debian12", "13": "debian13", "22.04": "ubuntu2204", "24.04": "ubuntu2404"}[distribution["version"]]
     assert settings["repository"]["url"] == f"https://developer.download.nvidia.com/compute/cuda/repos/{folder}/x86_64/"
@@ -164,6 +165,67 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, machine, variable
     assert len(problems) == 1, problems
     assert all(word in problems[0] for word in words), problems[0]
     assert problems[0].count("\n") == 0 and problems[0].endswith(".")
+
+
+HERE = "NVIDIA's repository for Debian GNU/Linux"
+OWN = {"cuda_repository_url": "http://own/"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "distribution", "architecture", "variables", "version", "words"),
+    [
+        (H100, TRIXIE, "x86_64", {}, "590.48.01", []),
+        (H100, TRIXIE, "aarch64", {}, "595.71.05", []),
+        (H100, DEBIAN, "aarch64", {}, "590.48.01", []),
+        (H100, DEBIAN, "x86_64", {}, "580.105.08", []),
+        (V100, DEBIAN, "x86_64", {}, "580.105.08", []),
+        (H100, NOBLE, "aarch64", {}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", {}, "", [f"{HERE} 13 (trixie) on x86_64 begins with the driver branch 590, but 580 is the last one for", "use Debian 12"]),
+        (V100, TRIXIE, "x86_64", {"nvidia_driver_version": "580.105.08"}, "", ["begins with the driver branch 590", "nvidia_driver_manage: false"]),
+        (V100, DEBIAN, "aarch64", {}, "", [f"{HERE} 12 (bookworm) on aarch64 begins with the driver branch 590"]),
+        (H100, TRIXIE, "x86_64", {"nvidia_driver_version": "580.105.08"}, "", [f"is 580.105.08, but {HERE} 13", "branch 590; remove it for 590.48.01"]),
+        (H100, TRIXIE, "aarch64", {"nvidia_driver_version": "590.48.01"}, "", ["begins with the branch 595; remove it for 595.71.05"]),
+        (H100, DEBIAN, "x86_64", {"nvidia_driver_version": "535.54.03", "cuda_version": "12.9"}, "", ["branch 545; remove it for 580.105.08"]),
+        # A repository of the user's own may hold anything.
+        (H100, TRIXIE, "x86_64", {**OWN, "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (H100, TRIXIE, "x86_64", {"cluster_mirror": "/srv/m", "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", {**OWN, "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", OWN, "", ["the driver would be 590.48.01, but the branch 580 is the last one", "set nvidia_driver_version: 580.105.08"]),
+    ],
+)
+def test_the_driver_is_one_that_the_distributions_repository_has(tmp_path, machine, distribution, architecture, variables, version, words):
+    findings = {**found(tmp_path, machine, distribution), "architecture": architecture}
+    _line, decision, problems = decide(findings, **variables)
+    assert len(problems) == bool(words) and all(word in problems[0] for word in words), problems
+    assert words or decision["driver"]["settings"]["pins"][0]["version"] == f"{version}-*"
+
+
+def test_a_good_driver_that_the_repository_does_not_have_is_left_alone(tmp_path):
+    for name, machine in (("a", L40S), ("b", V100)):
+        findings = found(tmp_path / name, {**machine, "driver": "580.159.04"}, TRIXIE)
+        _line, decision, problems = decide(findings)
+        assert problems == [] and decision["driver"]["action"] == "keep"
+
+
+@pytest.mark.parametrize(
+    ("distribution", "variables", "refused"),
+    [
+        (TRIXIE, {}, True),
+        (TRIXIE, {"cuda_version": "12.9"}, True),
+        (TRIXIE, {"cuda_toolkit": False}, False),
+        (TRIXIE, OWN, False),
+        (DEBIAN, {}, False),
+        (NOBLE, {}, False),
+    ],
+)
+def test_a_toolkit_that_the_distributions_repository_lacks_is_refused(tmp_path, distribution, variables, refused):
+    findings = found(tmp_path, H100, distribution)
+    _line, _decision, problems = decide(findings, **{"cuda_toolkit": True, **variables})
+    name = variables.get("cuda_version", "13.0")
+    assert problems == [
+        f"n1: cuda_toolkit is true for CUDA {name}, but {HERE} 13 (trixie) begins with the toolkit 13.1; "
+        "set cuda_toolkit: false (training needs no toolkit), or set cuda_repository_url to a repository that has it."
+    ] * refused
 
 
 def test_all_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
