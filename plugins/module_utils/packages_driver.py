@@ -76,18 +76,13 @@ class Driver:
         runs = not module or os.path.isdir(f"/sys/module/{module}")
         for paragraph in out.split("\n\n"):
             fields = dict(line.partition("=")[::2] for line in paragraph.splitlines() if "=" in line)
-            if fields.get("LoadState") != "loaded":
-                continue
-            words = []
-            if fields["UnitFileState"] in ("disabled", "linked"):
-                words.append("enable")
-            if runs and fields["ActiveState"] in ("inactive", "failed") and not self.run.result["reboot_reason"]:
-                words.append("start")
-            for word in words:
+            wanted = (self.run.settings["sizes"] or {}).get(fields.get("Id", ""))
+            sized = not wanted or driver_state.gib(wanted["path"]) == wanted["gib"]
+            for word in driver_state.service_words(fields, runs and not self.run.result["reboot_reason"], sized):
                 self.run.before.setdefault(f"unit {fields['Id']}", "")
                 self.run.after[f"unit {fields['Id']}"] = self.run.after.get(f"unit {fields['Id']}", "") + f"{word}\n"
                 if self.run.check:
                     continue
                 code, _out, err = self.run.module.run_command(["systemctl", word, fields["Id"]])
                 if code:
-                    self.run.fail(f"{fields['Id']} cannot be {word}ed ({err.strip()}); look at journalctl -u {fields['Id']}")
+                    self.run.fail(f"systemctl {word} {fields['Id']} failed ({err.strip()}); look at journalctl -u {fields['Id']}")

@@ -99,6 +99,12 @@ options:
         type: list
         elements: str
         default: []
+      sizes:
+        description: >-
+          File systems that a unit gives their size, by the unit: C(path) and C(gib). It is started again where one has another
+          size, so that a changed unit counts at once, after an interruption too.
+        type: dict
+        default: {}
       kernel_module:
         description: Kernel module that the packages bring.
         type: str
@@ -263,6 +269,7 @@ def main() -> None:
                     "refuse_distribution": {"type": "bool", "default": False},
                     "files": {"type": "dict", "default": {}},
                     "services": {"type": "list", "elements": "str", "default": []},
+                    "sizes": {"type": "dict", "default": {}},
                     "kernel_module": {"type": "str", "default": ""},
                     "kernel_module_version": {"type": "str", "default": ""},
                     "kernel_module_flavour": {"type": "str", "default": ""},

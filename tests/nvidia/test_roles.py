@@ -176,6 +176,14 @@ def test_shm_has_the_size_that_was_asked_for_after_a_reboot_too(nodes, play):
     nodes.run("systemctl is-system-running --wait || true")
     assert {text.strip() for text in nodes.run(size).values()} == {"3"}
     assert changes(play.run(**asked)) == {0}
+    # Another size counts at once, and so it does where a run was killed before it could.
+    asked["nccl_shm_gib"] = 5
+    assert changes(play.run(**asked)) == {1}
+    assert {text.strip() for text in nodes.run(size).values()} == {"5"}
+    assert changes(play.run(**asked)) == {0}
+    nodes.run("mount -o remount,size=3g /dev/shm")
+    assert changes(play.run(**asked)) == {1}
+    assert {text.strip() for text in nodes.run(size).values()} == {"5"}
 
 
 PROVISION = "playbooks/parts/provision.yml"

@@ -765,6 +765,7 @@ def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):
     assert "memlock unlimited" in settings["files"][limits] and "RemoveIPC=no" in settings["files"][logind] and settings["services"] == []
     settings = decide(found(tmp_path / "b", H100), nccl_limits=False, nccl_shm_gib=64)[1]["nccl"]["settings"]
     assert limits not in settings["files"] and "size=64g" in settings["files"][f"/etc/systemd/system/{shm}"] and settings["services"] == [shm]
+    assert settings["sizes"] == {shm: {"path": "/dev/shm", "gib": 64}}
     assert not decide(found(tmp_path / "c", {}))[1]["nccl"]["wanted"]
 
 
