@@ -201,7 +201,8 @@ def pin(run: Run, apt: Apt, files: Files) -> None:
         run.before[f"hold {name}"], run.after[f"hold {name}"] = "held\n", ""
     if not run.check:
         apt.hold(stale, word="install")
-        apt.loose = stale
+        # Beside what the healing has released.
+        apt.loose += stale
     text = apt_state.preferences(run.pins, run.settings["refuse_distribution"])
     files.put(f"/{apt_state.PREFERENCES.format(name=run.settings['name'])}", text)
 
