@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
 from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
@@ -28,6 +29,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.problems import Probl
 
 
 VERSION = "nvidia_driver_version"
+FULL_VERSION = r"\d{3,}\.\d+(\.\d+)?"
 
 
 def driver_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
@@ -42,7 +44,11 @@ def driver_problems(name: str, host: str, variables: Variables, node: Node, mani
     """
     if not manages(variables):
         return found_problems(name, host, node, manifest)
-    return [*version_problems(name, host, variables, node, manifest), *module_problems(host, variables, node)]
+    return [
+        *version_problems(name, host, variables, node, manifest),
+        *package_problems(host, variables, node, manifest),
+        *module_problems(host, variables, node),
+    ]
 
 
 def found_problems(name: str, host: str, node: Node, manifest: Manifest) -> list[Problem]:
@@ -104,7 +110,7 @@ def version_problems(name: str, host: str, variables: Variables, node: Node, man
     known = manifest["driver"]
     default = nvidia_sources.default_driver(node, manifest)
     version = str(variables.get(variable) or default)
-    if not re.fullmatch(r"\d{3,}\.\d+(\.\d+)?", version):
+    if not re.fullmatch(FULL_VERSION, version):
         text = f"{variable} is {version!r}, but a full version such as {default} was expected"
         return [Problem(host, variable, text, "give all of its numbers, since drivers are pinned exactly")]
     if not would_install(name, variables, node, manifest):
@@ -132,6 +138,21 @@ def version_problems(name: str, host: str, variables: Variables, node: Node, man
         cure = "remove it (nvidia-uninstall for NVIDIA's runfile) and reboot, or set nvidia_driver_manage: false"
         problems.append(Problem(host, "nvidia_driver_manage", text, cure))
     return problems
+
+
+def package_problems(host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return the problem of a driver's package whose version is not the driver's, which pins, checks and reboots go by."""
+    wanted = str(variables.get(VERSION) or nvidia_sources.default_driver(node, manifest))
+    for entry in variables.get("nvidia_driver_packages") or []:
+        name, _equals, version = str(entry).partition("=")
+        number = version.partition("-")[0].rstrip("*")
+        if not version or number == wanted or not any(fnmatch.fnmatchcase(name, pattern) for pattern in manifest["driver_family"]):
+            continue
+        text = f"nvidia_driver_packages has {entry}, but the driver is to be {wanted}"
+        full = re.fullmatch(FULL_VERSION, number)
+        cure = f"set {VERSION}: {number}" if full else f"give the package's full version and set {VERSION} to it"
+        return [Problem(host, VERSION, text, cure)]
+    return []
 
 
 def module_problems(host: str, variables: Variables, node: Node) -> list[Problem]:

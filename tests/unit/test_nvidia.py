@@ -488,8 +488,11 @@ def test_the_fabric_manager_follows_the_variable(tmp_path):
     assert "nvidia-fabricmanager" not in names(decision)
 
 
+PACKAGES = ["cuda-drivers=580.65.06-1", "linux-headers-amd64"]
+
+
 def test_packages_of_the_users_choice(tmp_path):
-    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_packages=["cuda-drivers=580.65.06-1", "linux-headers-amd64"])
+    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_version="580.65.06", nvidia_driver_packages=PACKAGES)
     assert decision["driver"]["settings"]["packages"] == [
         {"name": "cuda-drivers", "version": "580.65.06-1"},
         {"name": "linux-headers-amd64", "version": ""},
@@ -497,6 +500,24 @@ def test_packages_of_the_users_choice(tmp_path):
     # They may be the distribution's, whose packages are kept away otherwise.
     assert not decision["driver"]["settings"]["refuse_distribution"]
     assert decide(found(tmp_path / "other", H100))[1]["driver"]["settings"]["refuse_distribution"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "version", "cure"),
+    [
+        (["cuda-drivers=580.65.06-1", "linux-headers-amd64"], "", "set nvidia_driver_version: 580.65.06."),
+        (["cuda-drivers=580.65.06-*"], "580.159.03", "set nvidia_driver_version: 580.65.06."),
+        (["nvidia-open=580.*"], "580.159.03", "give the package's full version and set nvidia_driver_version to it."),
+        (["cuda-drivers=580.65.06-1"], "580.65.06", ""),
+        (["cuda-drivers=580.105.08*", "nvidia-open=580.105.08-0ubuntu1"], "", ""),
+        (["cuda-drivers"], "580.159.03", ""),
+        (["linux-headers-amd64=6.1.1", "nvlsm=2025.1-1"], "", ""),
+    ],
+)
+def test_packages_of_another_version_than_the_drivers_are_refused(tmp_path, packages, version, cure):
+    problems = decide(found(tmp_path, H100), nvidia_driver_packages=packages, nvidia_driver_version=version)[2]
+    wanted = version or "580.105.08"
+    assert problems == [f"n1: nvidia_driver_packages has {packages[0]}, but the driver is to be {wanted}; {cure}"] * bool(cure)
 
 
 def test_a_cpu_cluster_is_asked_for_nothing(tmp_path):
