@@ -247,6 +247,49 @@ def test_beside_an_unknown_line_all_that_is_wrong_anyway_is_said(tmp_path):
     assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
 
 
+@pytest.mark.parametrize(
+    ("torch", "machine", "variables", "line", "sentence"),
+    [
+        ("2.13.0+cu130", H100, {}, "13.0", ""),
+        ("2.13.0+cu126", H100, {"pytorch_version": ""}, "12.6", ""),
+        ("2.13.0", V100, {}, "12.6", ""),
+        (
+            "2.13.0+cu130",
+            H100,
+            {"cuda_version": "12.6"},
+            "12.6",
+            "pytorch_lock has torch 2.13.0+cu130, but the line is 12.6, whose builds are cu126; "
+            "set cuda_version: '13.0', or make the lock anew from https://download.pytorch.org/whl/cu126.",
+        ),
+        (
+            "2.12.0",
+            H100,
+            {"cuda_version": "12.8", "pytorch_version": ""},
+            "12.8",
+            "pytorch_lock has torch 2.12.0, but https://download.pytorch.org/whl/cu128 has 2.7.0 to 2.11.0; "
+            "set cuda_version: '13.0', or make the lock anew with another torch.",
+        ),
+    ],
+)
+def test_the_torch_of_a_lock_has_to_fit_the_line(tmp_path, torch, machine, variables, line, sentence):
+    each = host("n1", found=found(tmp_path, machine), pytorch_lock="torch.lock", **variables)
+    lock = pytorch_plan.Lock("/home/me/torch.lock", f"torch=={torch} --hash=sha256:{'0' * 64}\n")
+    plan, problems = planning.make("train", [each], RELEASE, MANIFEST, lock)
+    assert [problem.sentence() for problem in problems] == [f"n1: {sentence}"] * bool(sentence)
+    assert plan["cuda_version"] == line
+
+
+def test_a_lock_for_another_line_than_the_gpus_is_refused(tmp_path):
+    """A V100 needs 12.6, and the lock is for 13.0."""
+    lock = pytorch_plan.Lock("/home/me/torch.lock", f"torch==2.13.0+cu130 --hash=sha256:{'0' * 64}\n")
+    each = host("n1", found=found(tmp_path, V100), pytorch_lock="torch.lock")
+    (problem,) = planning.make("train", [each], RELEASE, MANIFEST, lock)[1]
+    assert problem.sentence().endswith(
+        "(sm_70) is not supported by torch 2.13.0+cu130 for CUDA 13.0; "
+        "set cuda_version: '12.6', and make the lock anew from https://download.pytorch.org/whl/cu126."
+    )
+
+
 def test_grace_hopper_has_open_modules_only(tmp_path):
     findings = found(tmp_path, {"gpus": 1, "device": "0x2342"})
     assert decide(findings)[1]["driver"]["kernel_modules"] == "open"
