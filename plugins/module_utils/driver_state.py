@@ -111,3 +111,11 @@ def service_words(fields: t.Mapping[str, str], runs: bool, sized: bool) -> list[
     if runs and fields["ActiveState"] in ("inactive", "failed"):
         return [*words, "start"]
     return [*words, "restart"] if runs and not sized else words
+
+
+def disabling_words(fields: t.Mapping[str, str]) -> list[str]:
+    """Return what systemctl is asked for so that a unit neither runs nor starts at boot."""
+    if fields.get("LoadState") != "loaded":
+        return []
+    words = ["disable"] if fields["UnitFileState"] == "enabled" else []
+    return words if fields["ActiveState"] in ("inactive", "failed") else [*words, "stop"]

@@ -237,6 +237,9 @@ def installed(
             # Packages of the user's choice may be the distribution's.
             "refuse_distribution": not packages,
             "files": files,
+            # What was turned off by a variable since an earlier run.
+            "absent_files": [] if path == "peermem" else [PEERMEM],
+            "disabled": [FABRIC_UNIT] if variables.get("nvidia_driver_fabric_manager") == "absent" else [],
             "services": [PERSISTENCE_UNIT, DEVICES_UNIT, *([FABRIC_UNIT] if fabric else [])],
             "kernel_module": "nvidia",
             "kernel_module_version": version,

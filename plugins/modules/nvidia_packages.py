@@ -94,6 +94,16 @@ options:
         description: Text by path of files that shall have it.
         type: dict
         default: {}
+      absent_files:
+        description: Paths of files that shall not be there.
+        type: list
+        elements: str
+        default: []
+      disabled:
+        description: Units that shall neither be enabled nor run.
+        type: list
+        elements: str
+        default: []
       services:
         description: Units that shall be enabled, and run once the kernel module does.
         type: list
@@ -221,6 +231,8 @@ def bring(run: Run) -> None:
     pin(run, apt, files)
     for path, content in (run.settings["files"] or {}).items():
         files.put(path, content)
+    for path in run.settings["absent_files"] or []:
+        files.remove(path)
     installation.install()
     apt.holds()
     files.apply()
@@ -269,6 +281,8 @@ def main() -> None:
                     },
                     "refuse_distribution": {"type": "bool", "default": False},
                     "files": {"type": "dict", "default": {}},
+                    "absent_files": {"type": "list", "elements": "str", "default": []},
+                    "disabled": {"type": "list", "elements": "str", "default": []},
                     "services": {"type": "list", "elements": "str", "default": []},
                     "sizes": {"type": "dict", "default": {}},
                     "kernel_module": {"type": "str", "default": ""},

@@ -82,5 +82,19 @@ def test_what_a_unit_needs_to_run_as_its_file_says(load, file, active, runs, siz
     assert driver_state.service_words(fields, runs, sized) == words
 
 
+@pytest.mark.parametrize(
+    ("load", "file", "active", "words"),
+    [
+        ("loaded", "enabled", "active", ["disable", "stop"]),
+        ("loaded", "enabled", "failed", ["disable"]),
+        ("loaded", "disabled", "activating", ["stop"]),
+        ("loaded", "disabled", "inactive", []),
+        ("not-found", "", "inactive", []),
+    ],
+)
+def test_what_a_unit_needs_to_be_off(load, file, active, words):
+    assert driver_state.disabling_words({"LoadState": load, "UnitFileState": file, "ActiveState": active}) == words
+
+
 def test_the_size_of_a_file_system(tmp_path):
     assert driver_state.gib(str(tmp_path)) > 0 and driver_state.gib(str(tmp_path / "nothing")) == 0

@@ -529,6 +529,8 @@ def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice_and_a_proble
 def test_the_fabric_manager_follows_the_variable(tmp_path):
     _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_fabric_manager="absent")
     assert "nvidia-fabricmanager" not in names(decision)
+    assert decision["driver"]["settings"]["disabled"] == ["nvidia-fabricmanager.service"]
+    assert decide(found(tmp_path / "b", H100))[1]["driver"]["settings"]["disabled"] == []
 
 
 PACKAGES = ["cuda-drivers=580.65.06-1", "linux-headers-amd64"]
@@ -667,7 +669,8 @@ def test_how_adapters_reach_gpu_memory(tmp_path, machine, kernel, peer_memory, v
     settings = decision["driver"]["settings"]
     assert problems == [] and decision["driver"]["gpudirect"] == path
     assert settings["modules"] == (["nvidia-peermem"] if path == "peermem" else [])
-    assert ("/etc/modules-load.d/onprem-torch-peermem.conf" in settings["files"]) is (path == "peermem")
+    file = "/etc/modules-load.d/onprem-torch-peermem.conf"
+    assert (file in settings["files"]) is (path == "peermem") and settings["absent_files"] == [file] * (path != "peermem")
     assert any("DOCA-OFED" in line for line in decision["advice"]) is advised
 
 
@@ -827,7 +830,9 @@ def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):
     limits, logind, shm = "/etc/security/limits.d/onprem-torch.conf", "/etc/systemd/logind.conf.d/onprem-torch.conf", "onprem-torch-shm.service"
     settings = decide(found(tmp_path / "a", H100))[1]["nccl"]["settings"]
     assert "memlock unlimited" in settings["files"][limits] and "RemoveIPC=no" in settings["files"][logind] and settings["services"] == []
+    assert settings["absent_files"] == []
     settings = decide(found(tmp_path / "b", H100), nccl_limits=False, nccl_shm_gib=64)[1]["nccl"]["settings"]
+    assert settings["absent_files"] == [limits, logind], "those of an earlier run"
     assert limits not in settings["files"] and "size=64g" in settings["files"][f"/etc/systemd/system/{shm}"] and settings["services"] == [shm]
     assert settings["sizes"] == {shm: {"path": "/dev/shm", "gib": 64}}
     assert not decide(found(tmp_path / "c", {}))[1]["nccl"]["wanted"]
