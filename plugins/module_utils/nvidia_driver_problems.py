@@ -27,7 +27,6 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
-
 VERSION = "nvidia_driver_version"
 FULL_VERSION = r"\d{3,}\.\d+(\.\d+)?"
 
