@@ -85,3 +85,37 @@ def refusal(name: str, error: str) -> str:
             f"look at dkms status and /var/lib/dkms/{name}/*/build/make.log, repair that and run this again"
         )
     return ""
+
+
+def gib(path: str) -> float:
+    """Return the size of the file system at a path in GiB; 0 where there is none."""
+    try:
+        state = os.statvfs(path)
+    except OSError:
+        return 0
+    return state.f_blocks * state.f_frsize / 1024**3
+
+
+def service_words(fields: t.Mapping[str, str], runs: bool, sized: bool) -> list[str]:
+    """Return what systemctl is asked for so that a unit is enabled and runs as its file says.
+
+    Args:
+        fields: C(LoadState), C(UnitFileState) and C(ActiveState) of the unit.
+        runs: whether what the unit needs runs, so that it may start.
+        sized: whether the file system that the unit resizes has its size; a unit that stays active after it has done its
+            work does not do it again by itself.
+    """
+    if fields.get("LoadState") != "loaded":
+        return []
+    words = ["enable"] if fields["UnitFileState"] in ("disabled", "linked") else []
+    if runs and fields["ActiveState"] in ("inactive", "failed"):
+        return [*words, "start"]
+    return [*words, "restart"] if runs and not sized else words
+
+
+def disabling_words(fields: t.Mapping[str, str]) -> list[str]:
+    """Return what systemctl is asked for so that a unit neither runs nor starts at boot."""
+    if fields.get("LoadState") != "loaded":
+        return []
+    words = ["disable"] if fields["UnitFileState"] == "enabled" else []
+    return words if fields["ActiveState"] in ("inactive", "failed") else [*words, "stop"]

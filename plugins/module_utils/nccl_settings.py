@@ -74,7 +74,9 @@ def decide(
     if not files and not library:
         return {"wanted": False}
     settings: dict[str, t.Any] = {"name": "nccl", "packages": [], "pins": [], "files": files}
+    settings["absent_files"] = [path for path in (LIMITS, LOGIND) if path not in files]
     settings["services"] = [SHM_UNIT] if variables.get("nccl_shm_gib") else []
+    settings["sizes"] = {SHM_UNIT: {"path": "/dev/shm", "gib": variables["nccl_shm_gib"]}} if variables.get("nccl_shm_gib") else {}
     if library:
         version = str(variables.get("nccl_version") or manifest["lines"][name]["nccl_version"])
         settings["repository"] = dict(source)

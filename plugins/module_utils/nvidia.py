@@ -116,6 +116,18 @@ def toolkit_needs(name: str, variables: Variables, node: Node, manifest: Manifes
     ]
 
 
+def toolkit_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return the problem of a toolkit that NVIDIA's repository for the node's distribution is known to lack."""
+    first = str(nvidia_sources.known_repository(node, manifest).get("first_toolkit") or "")
+    if not first or name == "cpu" or numbers(name) >= numbers(first) or not nvidia_sources.is_nvidias(variables):
+        return []
+    if not variables.get("cuda_toolkit") or manifest["lines"][name]["toolkit"] in packages_of(node):
+        return []
+    text = f"cuda_toolkit is true for CUDA {name}, but NVIDIA's repository for {node['distribution'].get('name')} begins with the toolkit {first}"
+    cure = "set cuda_toolkit: false (training needs no toolkit), or set cuda_repository_url to a repository that has it"
+    return [Problem(host, "cuda_toolkit", text, cure)]
+
+
 def hold_problems(host: str, node: Node, decided: t.Sequence[t.Mapping[str, t.Any]]) -> list[Problem]:
     """Return the packages that somebody else holds at another version than a set wants."""
     problems = []
@@ -197,7 +209,7 @@ def decide(
     unfit = unfit_problems(name, host, variables, node, manifest, shared)
     source, missing = source_of(name, host, variables, node, manifest)
     # What does not depend on the rest is named together with it, so that a person repairs all at once.
-    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit]
+    problems = [*nvidia_sources.mirror_problems(host, variables), *unfit, *toolkit_problems(name, host, variables, node, manifest)]
     asks = asks_for_packages(name, variables)
     if unfit:
         problems += missing if asks or not driver_of(node).get("loaded") else []

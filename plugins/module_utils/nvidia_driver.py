@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     TURING,
     Manifest,
@@ -236,6 +237,9 @@ def installed(
             # Packages of the user's choice may be the distribution's.
             "refuse_distribution": not packages,
             "files": files,
+            # What was turned off by a variable since an earlier run.
+            "absent_files": [] if path == "peermem" else [PEERMEM],
+            "disabled": [FABRIC_UNIT] if variables.get("nvidia_driver_fabric_manager") == "absent" else [],
             "services": [PERSISTENCE_UNIT, DEVICES_UNIT, *([FABRIC_UNIT] if fabric else [])],
             "kernel_module": "nvidia",
             "kernel_module_version": version,
@@ -269,7 +273,7 @@ def decide(
     if not manages(variables):
         return {**result, "action": "check"}, unmanaged_advice(name, line, state, fabric, node)
     wanted = str(variables.get("nvidia_driver_version") or "")
-    version = wanted or manifest["driver"]["version"]
+    version = wanted or nvidia_sources.default_driver(node, manifest)
     running = state.get("loaded", "")
     if is_good(line, node) and not wanted:
         if not is_ours(node, manifest):

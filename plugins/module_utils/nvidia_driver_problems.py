@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
     BLACKWELL,
     TURING,
@@ -25,6 +27,9 @@ from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import (
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
+VERSION = "nvidia_driver_version"
+FULL_VERSION = r"\d{3,}\.\d+(\.\d+)?"
+
 
 def driver_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
     """Return all that is wrong with the driver that a node has or would get.
@@ -38,7 +43,11 @@ def driver_problems(name: str, host: str, variables: Variables, node: Node, mani
     """
     if not manages(variables):
         return found_problems(name, host, node, manifest)
-    return [*version_problems(name, host, variables, node, manifest), *module_problems(host, variables, node)]
+    return [
+        *version_problems(name, host, variables, node, manifest),
+        *package_problems(host, variables, node, manifest),
+        *module_problems(host, variables, node),
+    ]
 
 
 def found_problems(name: str, host: str, node: Node, manifest: Manifest) -> list[Problem]:
@@ -67,16 +76,48 @@ def found_problems(name: str, host: str, node: Node, manifest: Manifest) -> list
     return problems
 
 
+def would_install(name: str, variables: Variables, node: Node, manifest: Manifest) -> bool:
+    """Return whether a driver would be installed: it is asked for by its version, or none runs that is good enough for the line."""
+    good = is_good(manifest["lines"][name], node) if name else bool(driver_of(node).get("loaded"))
+    return bool(variables.get(VERSION)) or not good
+
+
+def unavailable(host: str, version: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return why NVIDIA's repository for the node's distribution has no driver to install there."""
+    first = nvidia_sources.known_drivers(node, manifest).get("first_branch")
+    # Packages of the user's choice may be the distribution's.
+    if not first or not nvidia_sources.is_nvidias(variables) or variables.get("nvidia_driver_packages"):
+        return []
+    where = f"NVIDIA's repository for {node['distribution'].get('name') or node['distribution']['id']} on {node['architecture']}"
+    last = manifest["driver"]["last_branch_before_turing"]
+    old = [gpu for gpu in chosen_gpus(variables, node) if 0 < capability(gpu) < TURING]
+    if old and first > last:
+        product = f"{old[0].get('name') or old[0]['generation']} (sm_{capability(old[0])})"
+        text = f"{where} begins with the driver branch {first}, but {last} is the last one for {product}"
+        cure = "use Debian 12 or Ubuntu on x86_64, or install the driver yourself and set nvidia_driver_manage: false"
+        return [Problem(host, "nvidia_driver_manage", text, cure)]
+    if numbers(version)[0] < first:
+        text = f"{VERSION} is {version}, but {where} begins with the branch {first}"
+        cure = f"remove it for {nvidia_sources.default_driver(node, manifest)}, or set cuda_repository_url to a repository that has it"
+        return [Problem(host, VERSION, text, cure)]
+    return []
+
+
 def version_problems(name: str, host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
     """Return what is wrong with the version of the driver that would be installed."""
-    variable = "nvidia_driver_version"
+    variable = VERSION
     known = manifest["driver"]
-    version = str(variables.get(variable) or known["version"])
-    if not re.fullmatch(r"\d{3,}\.\d+(\.\d+)?", version):
-        text = f"{variable} is {version!r}, but a full version such as {known['version']} was expected"
+    default = nvidia_sources.default_driver(node, manifest)
+    version = str(variables.get(variable) or default)
+    if not re.fullmatch(FULL_VERSION, version):
+        text = f"{variable} is {version!r}, but a full version such as {default} was expected"
         return [Problem(host, variable, text, "give all of its numbers, since drivers are pinned exactly")]
-    problems = []
-    cure = f"remove it for {known['version']}"
+    if not would_install(name, variables, node, manifest):
+        return []
+    problems = unavailable(host, version, variables, node, manifest)
+    if problems:
+        return problems
+    cure = f"remove it for {default}"
     if name and numbers(version) < numbers(manifest["lines"][name]["compatible_driver"]):
         text = f"{variable} is {version}, but CUDA {name} needs {manifest['lines'][name]['minimum_driver']} or newer"
         problems.append(Problem(host, variable, text, f"{cure}, or set an older cuda_version"))
@@ -84,16 +125,33 @@ def version_problems(name: str, host: str, variables: Variables, node: Node, man
     levels = [capability(gpu) for gpu in chosen_gpus(variables, node)]
     old = [level for level in levels if 0 < level < TURING]
     if old and branch > known["last_branch_before_turing"]:
-        text = f"{variable} is {version}, but the branch {known['last_branch_before_turing']} is the last one for GPUs of sm_{old[0]}"
-        problems.append(Problem(host, variable, text, cure))
+        said = f"{variable} is" if variables.get(variable) else "the driver would be"
+        text = f"{said} {version}, but the branch {known['last_branch_before_turing']} is the last one for GPUs of sm_{old[0]}"
+        fits = numbers(default)[0] <= known["last_branch_before_turing"]
+        problems.append(Problem(host, variable, text, cure if fits else f"set {variable}: {known['version']}, if your repository has it"))
     if any(level >= BLACKWELL for level in levels) and branch < known["first_branch_for_blackwell"]:
         text = f"{variable} is {version}, but Blackwell GPUs need the branch {known['first_branch_for_blackwell']} or newer"
         problems.append(Problem(host, variable, text, cure))
-    if name and without_packages(node) and (variables.get(variable) or not is_good(manifest["lines"][name], node)):
+    if name and without_packages(node):
         text = f"the driver {driver_of(node)['installed']} was not installed as packages, which would overwrite it half"
         cure = "remove it (nvidia-uninstall for NVIDIA's runfile) and reboot, or set nvidia_driver_manage: false"
         problems.append(Problem(host, "nvidia_driver_manage", text, cure))
     return problems
+
+
+def package_problems(host: str, variables: Variables, node: Node, manifest: Manifest) -> list[Problem]:
+    """Return the problem of a driver's package whose version is not the driver's, which pins, checks and reboots go by."""
+    wanted = str(variables.get(VERSION) or nvidia_sources.default_driver(node, manifest))
+    for entry in variables.get("nvidia_driver_packages") or []:
+        name, _equals, version = str(entry).partition("=")
+        number = version.partition("-")[0].rstrip("*")
+        if not version or number == wanted or not any(fnmatch.fnmatchcase(name, pattern) for pattern in manifest["driver_family"]):
+            continue
+        text = f"nvidia_driver_packages has {entry}, but the driver is to be {wanted}"
+        full = re.fullmatch(FULL_VERSION, number)
+        cure = f"set {VERSION}: {number}" if full else f"give the package's full version and set {VERSION} to it"
+        return [Problem(host, VERSION, text, cure)]
+    return []
 
 
 def module_problems(host: str, variables: Variables, node: Node) -> list[Problem]:

@@ -120,17 +120,38 @@ def distance(wanted: str, name: str) -> float:
     return abs((int(asked.group(1)) - major) * 10000 + int(asked.group(2) or 99) - minor) if asked else 1e9
 
 
+def torch_said(variables: Variables) -> str:
+    """Return who decides the version of torch, and which one."""
+    version = str(variables.get("pytorch_version") or "the newest")
+    return f"pytorch_lock has torch {version}" if variables.get("pytorch_lock") else f"pytorch_version is {version}"
+
+
+def build_of(variables: Variables) -> str:
+    """Return the line that the wanted version of torch names: ``2.13.0+cu126`` → 12.6; empty where it names none."""
+    match = re.fullmatch(r"cu(\d{2,})(\d)|cpu", str(variables.get("pytorch_version") or "").partition("+")[2])
+    if not match:
+        return ""
+    return ".".join(match.groups()) if match.group(1) else "cpu"
+
+
+def rebuilt(name: str, variables: Variables, manifest: Manifest) -> str:
+    """Return what a person does to have the torch of a line where its version names another build; empty where it does not."""
+    if build_of(variables) in ("", name) or own_index(variables):
+        return ""
+    if variables.get("pytorch_lock"):
+        return f"make the lock anew from {manifest['lines'][name]['torch_index']}"
+    return f"leave +{str(variables['pytorch_version']).partition('+')[2]} out"
+
+
 def build_problems(name: str, host: str, variables: Variables, manifest: Manifest) -> list[Problem]:
-    """Return the problem of a pytorch_version that names another build than the line's, such as 2.13.0+cu126 for 13.0."""
-    local = str(variables.get("pytorch_version") or "").partition("+")[2]
-    match = re.fullmatch(r"cu(\d{2,})(\d)|cpu", local)
-    built = "" if not match else ".".join(match.groups()) if match.group(1) else "cpu"
-    if not built or built == name or own_index(variables):
+    """Return the problem of a version of torch that names another build than the line's, such as 2.13.0+cu126 for 13.0."""
+    other = rebuilt(name, variables, manifest)
+    if not other:
         return []
+    built = build_of(variables)
     builds = manifest["lines"][name]["torch_index"].rsplit("/", 1)[-1]
-    text = f"pytorch_version is {variables['pytorch_version']}, but the line is {name}, whose builds are {builds}"
-    known = built in manifest["lines"]
-    cure = f"set {VARIABLE}: {built!r}, or leave +{local} out" if known else f"leave +{local} out"
+    text = f"{torch_said(variables)}, but the line is {name}, whose builds are {builds}"
+    cure = f"set {VARIABLE}: {built!r}, or {other}" if built in manifest["lines"] else other
     return [Problem(host, "pytorch_version", text, cure)]
 
 
@@ -172,7 +193,8 @@ def line_problems(
         older = [other for other, first in lines.items() if runs_on(manifest["lines"][other], level, first)]
         common = [other for other in fits if shared is None or other in shared]
         if common:
-            cure = f"set {VARIABLE}: {common[0]!r}"
+            other = rebuilt(common[0], variables, manifest)
+            cure = f"set {VARIABLE}: {common[0]!r}{f', and {other}' if other else ''}"
         elif fits:
             cure = f"take the host out of the group, since no line of this torch has code for all its GPUs (for this one {fits[0]} has)"
         elif older:
@@ -186,7 +208,8 @@ def line_problems(
     if not own_index(variables) and not has_torch(line, torch):
         span = f"{line['torch_first']} to {line['torch_last']}" if line["torch_last"] else f"{line['torch_first']} and newer"
         fits = [other for other in others if has_torch(manifest["lines"][other], torch)]
-        cure = f"set {VARIABLE}: {fits[0]!r} or another pytorch_version" if fits else "set another pytorch_version"
-        text = f"pytorch_version is {torch or 'the newest'!s}, but {line['torch_index']} has {span}"
+        other = "make the lock anew with another torch" if variables.get("pytorch_lock") else "set another pytorch_version"
+        cure = f"set {VARIABLE}: {fits[0]!r}, or {other}" if fits else other
+        text = f"{torch_said(variables)}, but {line['torch_index']} has {span}"
         problems.append(Problem(host, "pytorch_version", text, cure))
     return problems + driver_problems(name, host, variables, node, manifest)

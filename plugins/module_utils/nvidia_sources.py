@@ -21,6 +21,28 @@ def mirror(variables: Variables) -> str:
     return f"file://{place}" if place.startswith("/") else place
 
 
+def known_repository(node: Node, manifest: Manifest) -> dict[str, t.Any]:
+    """Return what is known of NVIDIA's repository for a node's distribution; empty where there is none."""
+    release = node.get("distribution") or {}
+    return dict(manifest["repository"]["distributions"].get(f"{release.get('id')}-{release.get('version')}") or {})
+
+
+def known_drivers(node: Node, manifest: Manifest) -> dict[str, t.Any]:
+    """Return the first branch of the driver and the release to take, as far as NVIDIA's repository for a node is known to differ."""
+    platform = manifest["repository"]["architectures"].get(str(node.get("architecture") or ""))
+    return dict((known_repository(node, manifest).get("drivers") or {}).get(platform) or {})
+
+
+def default_driver(node: Node, manifest: Manifest) -> str:
+    """Return the version of the driver that a node gets where nobody asks for one."""
+    return str(known_drivers(node, manifest).get("version") or manifest["driver"]["version"])
+
+
+def is_nvidias(variables: Variables) -> bool:
+    """Return whether packages come from NVIDIA's own place; a repository or a mirror of the user's may hold anything."""
+    return not variables.get("cuda_repository_url") and not mirror(variables)
+
+
 def mirror_problems(host: str, variables: Variables) -> list[Problem]:
     """Return what is wrong with cluster_mirror."""
     place = mirror(variables)
@@ -51,7 +73,7 @@ def repository(host: str, variables: Variables, node: Node, manifest: Manifest) 
     """Return where NVIDIA's packages come from for a node's distribution."""
     source = manifest["repository"]
     release = node.get("distribution") or {}
-    known = source["distributions"].get(f"{release.get('id')}-{release.get('version')}")
+    known = known_repository(node, manifest)
     platform = source["architectures"].get(str(node.get("architecture") or ""))
     url = str(variables.get("cuda_repository_url") or "")
     fingerprint = str(variables.get("cuda_repository_key_fingerprint") or "").replace(" ", "").upper()
@@ -76,5 +98,5 @@ def repository(host: str, variables: Variables, node: Node, manifest: Manifest) 
     return {
         "url": f"{url}/",
         "key_url": key or f"{url}/{known['key'] if known else 'key.pub'}",
-        "key_fingerprint": fingerprint or (known or {}).get("fingerprint", ""),
+        "key_fingerprint": fingerprint or known.get("fingerprint", ""),
     }, problems

@@ -65,8 +65,9 @@ class Driver:
             self.run.fail(f"{name} {self.run.settings['kernel_module_version']} does not run after the reboot ({reason}); look at dkms status and dmesg")
 
     def services(self) -> None:
-        """Enable the units, and start them once the module runs."""
-        units = self.run.settings["services"] or []
+        """Enable the units, and start them once the module runs; disable and stop the others."""
+        disabled = self.run.settings["disabled"] or []
+        units = [*(self.run.settings["services"] or []), *disabled]
         if not units:
             return
         code, out, _err = self.run.module.run_command(["systemctl", "show", "--property=Id,LoadState,UnitFileState,ActiveState", *units])
@@ -76,18 +77,14 @@ class Driver:
         runs = not module or os.path.isdir(f"/sys/module/{module}")
         for paragraph in out.split("\n\n"):
             fields = dict(line.partition("=")[::2] for line in paragraph.splitlines() if "=" in line)
-            if fields.get("LoadState") != "loaded":
-                continue
-            words = []
-            if fields["UnitFileState"] in ("disabled", "linked"):
-                words.append("enable")
-            if runs and fields["ActiveState"] in ("inactive", "failed") and not self.run.result["reboot_reason"]:
-                words.append("start")
-            for word in words:
+            wanted = (self.run.settings["sizes"] or {}).get(fields.get("Id", ""))
+            sized = not wanted or driver_state.gib(wanted["path"]) == wanted["gib"]
+            words = driver_state.service_words(fields, runs and not self.run.result["reboot_reason"], sized)
+            for word in driver_state.disabling_words(fields) if fields.get("Id") in disabled else words:
                 self.run.before.setdefault(f"unit {fields['Id']}", "")
                 self.run.after[f"unit {fields['Id']}"] = self.run.after.get(f"unit {fields['Id']}", "") + f"{word}\n"
                 if self.run.check:
                     continue
                 code, _out, err = self.run.module.run_command(["systemctl", word, fields["Id"]])
                 if code:
-                    self.run.fail(f"{fields['Id']} cannot be {word}ed ({err.strip()}); look at journalctl -u {fields['Id']}")
+                    self.run.fail(f"systemctl {word} {fields['Id']} failed ({err.strip()}); look at journalctl -u {fields['Id']}")

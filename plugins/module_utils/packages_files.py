@@ -67,9 +67,25 @@ class Files:
         self.run.before[path], self.run.after[path] = old or "", content
         if self.run.check:
             return
+        self.note(path)
+        self.replace(path, content.encode())
+
+    def remove(self, path: str) -> None:
+        """Let a file be gone, and note the difference."""
+        if not os.path.exists(path):
+            return
+        self.run.before[path], self.run.after[path] = read_text(path), ""
+        if self.run.check:
+            return
+        self.note(path)
+        with open(path, "rb") as stream:
+            self.undo.append((path, stream.read()))
+        os.unlink(path)
+
+    def note(self, path: str) -> None:
+        """Note that a file's folder has to count again."""
         if os.path.dirname(path) in APPLY:
             self.write(os.path.join(PENDING, os.path.dirname(path).replace("/", "_")), b"")
-        self.replace(path, content.encode())
 
     def apply(self) -> None:
         """Let changed files count, those of a run that was killed too."""

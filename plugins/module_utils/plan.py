@@ -228,7 +228,7 @@ def make(
     problems += node_checks.check_all(hosts, chosen, name_of_job)
     problems += verify_config.problems_of(hosts)
     line, stacks, found = nvidia.decide_all(
-        [(host.name, host.variables, host.node) for host in hosts],
+        [(host.name, pytorch_plan.with_locked(host.variables, lock), host.node) for host in hosts],
         manifest or {},
         {name: end.interface for name, end in chosen.items()},
     )

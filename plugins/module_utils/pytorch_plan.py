@@ -43,12 +43,24 @@ def logical_lines(text: str) -> list[str]:
 
 
 def locked_version(text: str) -> str:
-    """Return the version of torch that a lock has, without a local part; empty where it has none."""
+    """Return the version of torch that a lock has, with the build where it names one (2.13.0+cu130); empty where it has none."""
     for line in logical_lines(text):
-        match = re.match(r"torch==([^\s;+]+)", line)
+        match = re.match(r"torch==([^\s;]+)", line)
         if match:
             return match.group(1)
     return ""
+
+
+def same_torch(wanted: str, found: str) -> bool:
+    """Return whether two versions of torch are the same; a build counts where both name one."""
+    (wanted_release, _plus, wanted_build), (release, _plus, build) = wanted.partition("+"), found.partition("+")
+    return wanted_release == release and (not wanted_build or not build or wanted_build == build)
+
+
+def with_locked(variables: t.Mapping[str, t.Any], lock: Lock) -> t.Mapping[str, t.Any]:
+    """Return the variables with the version of torch that is really installed, where a lock decides it."""
+    found = locked_version(lock.text)
+    return variables if not found or lock_problems(variables, lock) else {**variables, "pytorch_version": found}
 
 
 def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]:
@@ -69,7 +81,7 @@ def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]
     if not found:
         text = f"{variable} names {lock.path}, which has no line torch==VERSION"
         problems.append(Problem("", variable, text, "make it from requirements that name torch"))
-    elif wanted and wanted.split("+", maxsplit=1)[0] != found:
+    elif wanted and not same_torch(wanted, found):
         text = f"{variable} has torch {found}, but pytorch_version is {wanted}"
         problems.append(Problem("", "pytorch_version", text, f"set pytorch_version: {found}, or make the lock anew"))
     for other in ("pytorch_packages", "pytorch_constraints"):

@@ -94,11 +94,27 @@ options:
         description: Text by path of files that shall have it.
         type: dict
         default: {}
+      absent_files:
+        description: Paths of files that shall not be there.
+        type: list
+        elements: str
+        default: []
+      disabled:
+        description: Units that shall neither be enabled nor run.
+        type: list
+        elements: str
+        default: []
       services:
         description: Units that shall be enabled, and run once the kernel module does.
         type: list
         elements: str
         default: []
+      sizes:
+        description: >-
+          File systems that a unit gives their size, by the unit: C(path) and C(gib). It is started again where one has another
+          size, so that a changed unit counts at once, after an interruption too.
+        type: dict
+        default: {}
       kernel_module:
         description: Kernel module that the packages bring.
         type: str
@@ -195,7 +211,8 @@ def pin(run: Run, apt: Apt, files: Files) -> None:
         run.before[f"hold {name}"], run.after[f"hold {name}"] = "held\n", ""
     if not run.check:
         apt.hold(stale, word="install")
-        apt.loose = stale
+        # Beside what the healing has released.
+        apt.loose += stale
     text = apt_state.preferences(run.pins, run.settings["refuse_distribution"])
     files.put(f"/{apt_state.PREFERENCES.format(name=run.settings['name'])}", text)
 
@@ -214,6 +231,8 @@ def bring(run: Run) -> None:
     pin(run, apt, files)
     for path, content in (run.settings["files"] or {}).items():
         files.put(path, content)
+    for path in run.settings["absent_files"] or []:
+        files.remove(path)
     installation.install()
     apt.holds()
     files.apply()
@@ -262,7 +281,10 @@ def main() -> None:
                     },
                     "refuse_distribution": {"type": "bool", "default": False},
                     "files": {"type": "dict", "default": {}},
+                    "absent_files": {"type": "list", "elements": "str", "default": []},
+                    "disabled": {"type": "list", "elements": "str", "default": []},
                     "services": {"type": "list", "elements": "str", "default": []},
+                    "sizes": {"type": "dict", "default": {}},
                     "kernel_module": {"type": "str", "default": ""},
                     "kernel_module_version": {"type": "str", "default": ""},
                     "kernel_module_flavour": {"type": "str", "default": ""},

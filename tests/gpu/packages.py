@@ -45,7 +45,9 @@ class Packages:
 
     def plan(self, **variables):
         """The plan for bare nodes of this machine's distribution."""
-        asked = {**self.settings, "cuda_version": LINE, "cuda_toolkit": True, "nccl_library": True, **variables}
+        asked = {**self.settings, "cuda_version": LINE, "cuda_toolkit": True, "nccl_library": True,
+                 # The manifest's differs by distribution, and what is offered here does not.
+                 "nvidia_driver_version": OLD, **variables}
         hosts = {machine.name: {**asked, "lab_distribution": distribution()} for machine in self.step.hall.machines}
         text = run(sys.executable, str(STACK), json.dumps(hosts), env={**os.environ, "PYTHONPATH": str(BUILD / "site")})
         return json.loads(text.strip().splitlines()[-1])

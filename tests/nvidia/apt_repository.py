@@ -215,20 +215,21 @@ def serve(folder: Path, address: str) -> tuple[http.server.ThreadingHTTPServer, 
     return server, server.server_address[1]
 
 
+# The manifest's driver and a newer one by distribution: NVIDIA's repository for Debian 13 has no 580.
+MIRROR = {"debian12": ("580.105.08-1", "580.159.03-1"), "debian13": ("590.48.01-1", "595.71.05-1")}
+
+
 def main(folder: Path) -> None:
     """Build a mirror of the repositories for both Debians as FOLDER/mirror.tar; the key's fingerprint lies beside it."""
     with tempfile.TemporaryDirectory() as scratch:
         key = Key(Path(scratch) / "gpg")
-        repository = Repository(Path(scratch) / "mirror/nvidia/debian12/x86_64", key)
-        packages = [*headers(platform.release()), *toolkit("13.0", "13.0.2-1")]
-        for version in ("580.105.08-1", "580.159.03-1"):
-            packages += driver(version)
-        for version in ("2.28.9-1+cuda13.0", "2.29.7-1+cuda12.9"):
-            packages += nccl(version)
-        repository.offer(packages)
-        for name in ("3bf863cc.pub", "8793F200.pub"):
-            shutil.copy(repository.folder / "key.pub", repository.folder / name)
-        (repository.folder.parents[1] / "debian13").symlink_to("debian12")
+        # Toolkit and NCCL are the same in both: what NVIDIA's own repository for Debian 13 lacks, a mirror of one's own may have.
+        further = [*headers(platform.release()), *toolkit("13.0", "13.0.2-1"), *nccl("2.28.9-1+cuda13.0"), *nccl("2.29.7-1+cuda12.9")]
+        for name, drivers in MIRROR.items():
+            repository = Repository(Path(scratch) / f"mirror/nvidia/{name}/x86_64", key)
+            repository.offer([*further, *(package for version in drivers for package in driver(version))])
+            for key_name in ("3bf863cc.pub", "8793F200.pub"):
+                shutil.copy(repository.folder / "key.pub", repository.folder / key_name)
         subprocess.run(["tar", "--create", "--file", str(folder / "mirror.tar"), "--directory", scratch, "mirror"], check=True)
         (folder / "fingerprint").write_text(key.fingerprint)
         key.close()

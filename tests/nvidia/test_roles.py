@@ -16,7 +16,9 @@ import stack
 
 DISTRIBUTION = {"nv12": "debian-12", "nv13": "debian-13"}
 LINES = {"13.0": ("13.0.2-1", "2.28.9-1+cuda13.0"), "12.9": ("12.9.1-1", "2.29.7-1+cuda12.9")}
-DRIVERS = ("580.105.08-1", "580.159.03-1")
+DRIVERS = ("580.105.08-1", "580.159.03-1", "590.48.01-1")
+# The manifest's by node: NVIDIA's repository for Debian 13 begins later.
+DEFAULT = {"nv12": "580.105.08-1", "nv13": "590.48.01-1"}
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_bare_nodes_become_right_ones_with_one_reboot_and_stay_so(nodes, play):
     first = boots(nodes)
     assert all(first[name] != before[name] for name in conftest.NAMES), "rebooted"
     assert play.text.count("Reboot into the driver") >= 1
-    assert versions(nodes, *KEY) == [["580.105.08-1", "580.105.08-1", "580.105.08-1", "2.28.9-1+cuda13.0", "13.0.2-1"]] * 2
+    assert versions(nodes, *KEY) == [[*[DEFAULT[name]] * 3, "2.28.9-1+cuda13.0", "13.0.2-1"] for name in conftest.NAMES]
     assert changes(play.run()) == {0}, "nothing to do"
     assert boots(nodes) == first, "and no further reboot"
     for text in nodes.run("cat /etc/nccl.conf /etc/modprobe.d/onprem-torch-nouveau.conf").values():
@@ -125,7 +127,7 @@ def test_one_variable_upgrades_and_downgrades_the_set_and_the_line(nodes, play):
     assert versions(nodes, "libnccl2", "cuda-toolkit-12-9") == [["2.29.7-1+cuda12.9", "12.9.1-1"]] * 2
     assert all("cuda-toolkit-12-9" in held and "cuda-toolkit-13-0" not in held for held in nodes.held()), "what is not wanted is not held"
     play.run(cuda_version="13.0")
-    assert versions(nodes, *KEY) == [["580.105.08-1", "580.105.08-1", "580.105.08-1", "2.28.9-1+cuda13.0", "13.0.2-1"]] * 2
+    assert versions(nodes, *KEY) == [[*[DEFAULT[name]] * 3, "2.28.9-1+cuda13.0", "13.0.2-1"] for name in conftest.NAMES]
     assert changes(play.run(cuda_version="13.0")) == {0}
     assert boots(nodes) == start
 
@@ -174,6 +176,32 @@ def test_shm_has_the_size_that_was_asked_for_after_a_reboot_too(nodes, play):
     nodes.run("systemctl is-system-running --wait || true")
     assert {text.strip() for text in nodes.run(size).values()} == {"3"}
     assert changes(play.run(**asked)) == {0}
+    # Another size counts at once, and so it does where a run was killed before it could.
+    asked["nccl_shm_gib"] = 5
+    assert changes(play.run(**asked)) == {1}
+    assert {text.strip() for text in nodes.run(size).values()} == {"5"}
+    assert changes(play.run(**asked)) == {0}
+    nodes.run("mount -o remount,size=3g /dev/shm")
+    assert changes(play.run(**asked)) == {1}
+    assert {text.strip() for text in nodes.run(size).values()} == {"5"}
+
+
+def test_what_a_variable_turned_off_is_gone(nodes, play):
+    few = {"nccl_library": False, "cuda_toolkit": False}
+    play.run(nvidia_driver_peermem="present", **few)
+    ours = "/etc/modules-load.d/onprem-torch-peermem.conf /etc/security/limits.d/onprem-torch.conf /etc/systemd/logind.conf.d/onprem-torch.conf"
+    nodes.run(f"ls {ours} && systemctl start nvidia-fabricmanager")
+    off = {"nvidia_driver_peermem": "absent", "nccl_limits": False, "nvidia_driver_fabric_manager": "absent", **few}
+    play.run(**off)
+    assert set(nodes.run(f"ls {ours} 2>/dev/null || true").values()) == {""}
+    for text in nodes.run("systemctl is-enabled nvidia-fabricmanager || true; systemctl show --value --property=ActiveState nvidia-fabricmanager").values():
+        assert text.split() == ["disabled", "inactive"]
+    for text in nodes.run("busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC").values():
+        assert text.split() == ["b", "true"]
+    assert changes(play.run(**off)) == {0}
+    play.run(**few)
+    for text in nodes.run("systemctl is-enabled nvidia-fabricmanager; ls /etc/security/limits.d").values():
+        assert "enabled" in text.split() and "onprem-torch.conf" in text
 
 
 PROVISION = "playbooks/parts/provision.yml"

@@ -62,3 +62,39 @@ def test_a_module_that_no_reboot_would_bring_is_told_at_once(error, words):
 def test_modprobe_really_says_so():
     error = subprocess.run(["modprobe", "--dry-run", "onprem_torch_none"], capture_output=True, text=True, check=False).stderr
     assert "DKMS has not built it" in driver_state.refusal("onprem_torch_none", error)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "active", "runs", "sized", "words"),
+    [
+        ("loaded", "disabled", "inactive", True, True, ["enable", "start"]),
+        ("loaded", "disabled", "inactive", True, False, ["enable", "start"]),
+        ("loaded", "enabled", "failed", True, True, ["start"]),
+        ("loaded", "enabled", "active", True, True, []),
+        ("loaded", "enabled", "active", True, False, ["restart"]),
+        ("loaded", "linked", "active", False, False, ["enable"]),
+        ("loaded", "enabled", "inactive", False, True, []),
+        ("not-found", "", "inactive", True, False, []),
+    ],
+)
+def test_what_a_unit_needs_to_run_as_its_file_says(load, file, active, runs, sized, words):
+    fields = {"LoadState": load, "UnitFileState": file, "ActiveState": active}
+    assert driver_state.service_words(fields, runs, sized) == words
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "active", "words"),
+    [
+        ("loaded", "enabled", "active", ["disable", "stop"]),
+        ("loaded", "enabled", "failed", ["disable"]),
+        ("loaded", "disabled", "activating", ["stop"]),
+        ("loaded", "disabled", "inactive", []),
+        ("not-found", "", "inactive", []),
+    ],
+)
+def test_what_a_unit_needs_to_be_off(load, file, active, words):
+    assert driver_state.disabling_words({"LoadState": load, "UnitFileState": file, "ActiveState": active}) == words
+
+
+def test_the_size_of_a_file_system(tmp_path):
+    assert driver_state.gib(str(tmp_path)) > 0 and driver_state.gib(str(tmp_path / "nothing")) == 0

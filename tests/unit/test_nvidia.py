@@ -74,8 +74,9 @@ def test_a_bare_node_gets_the_driver_of_its_gpus_and_distribution(tmp_path, mach
     assert names(decision) == ["linux-headers-6.1.0-30-amd64", *packages]
     settings = decision["driver"]["settings"]
     versions = {entry["version"] for entry in settings["packages"] if entry["name"].startswith("nvidia")}
-    assert versions == {"580.105.08-*"}
-    assert settings["pins"][0]["version"] == "580.105.08-*"
+    version = "590.48.01-*" if distribution == TRIXIE else "580.105.08-*"
+    assert versions == {version}
+    assert settings["pins"][0]["version"] == version
     assert ("nvidia-fabricmanager.service" in settings["services"]) is fabric
     folder = {"12": "debian12", "13": "debian13", "22.04": "ubuntu2204", "24.04": "ubuntu2404"}[distribution["version"]]
     assert settings["repository"]["url"] == f"https://developer.download.nvidia.com/compute/cuda/repos/{folder}/x86_64/"
@@ -166,6 +167,67 @@ def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, machine, variable
     assert problems[0].count("\n") == 0 and problems[0].endswith(".")
 
 
+HERE = "NVIDIA's repository for Debian GNU/Linux"
+OWN = {"cuda_repository_url": "http://own/"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "distribution", "architecture", "variables", "version", "words"),
+    [
+        (H100, TRIXIE, "x86_64", {}, "590.48.01", []),
+        (H100, TRIXIE, "aarch64", {}, "595.71.05", []),
+        (H100, DEBIAN, "aarch64", {}, "590.48.01", []),
+        (H100, DEBIAN, "x86_64", {}, "580.105.08", []),
+        (V100, DEBIAN, "x86_64", {}, "580.105.08", []),
+        (H100, NOBLE, "aarch64", {}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", {}, "", [f"{HERE} 13 (trixie) on x86_64 begins with the driver branch 590, but 580 is the last one for", "use Debian 12"]),
+        (V100, TRIXIE, "x86_64", {"nvidia_driver_version": "580.105.08"}, "", ["begins with the driver branch 590", "nvidia_driver_manage: false"]),
+        (V100, DEBIAN, "aarch64", {}, "", [f"{HERE} 12 (bookworm) on aarch64 begins with the driver branch 590"]),
+        (H100, TRIXIE, "x86_64", {"nvidia_driver_version": "580.105.08"}, "", [f"is 580.105.08, but {HERE} 13", "branch 590; remove it for 590.48.01"]),
+        (H100, TRIXIE, "aarch64", {"nvidia_driver_version": "590.48.01"}, "", ["begins with the branch 595; remove it for 595.71.05"]),
+        (H100, DEBIAN, "x86_64", {"nvidia_driver_version": "535.54.03", "cuda_version": "12.9"}, "", ["branch 545; remove it for 580.105.08"]),
+        # A repository of the user's own may hold anything.
+        (H100, TRIXIE, "x86_64", {**OWN, "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (H100, TRIXIE, "x86_64", {"cluster_mirror": "/srv/m", "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", {**OWN, "nvidia_driver_version": "580.105.08"}, "580.105.08", []),
+        (V100, TRIXIE, "x86_64", OWN, "", ["the driver would be 590.48.01, but the branch 580 is the last one", "set nvidia_driver_version: 580.105.08"]),
+    ],
+)
+def test_the_driver_is_one_that_the_distributions_repository_has(tmp_path, machine, distribution, architecture, variables, version, words):
+    findings = {**found(tmp_path, machine, distribution), "architecture": architecture}
+    _line, decision, problems = decide(findings, **variables)
+    assert len(problems) == bool(words) and all(word in problems[0] for word in words), problems
+    assert words or decision["driver"]["settings"]["pins"][0]["version"] == f"{version}-*"
+
+
+def test_a_good_driver_that_the_repository_does_not_have_is_left_alone(tmp_path):
+    for name, machine in (("a", L40S), ("b", V100)):
+        findings = found(tmp_path / name, {**machine, "driver": "580.159.04"}, TRIXIE)
+        _line, decision, problems = decide(findings)
+        assert problems == [] and decision["driver"]["action"] == "keep"
+
+
+@pytest.mark.parametrize(
+    ("distribution", "variables", "refused"),
+    [
+        (TRIXIE, {}, True),
+        (TRIXIE, {"cuda_version": "12.9"}, True),
+        (TRIXIE, {"cuda_toolkit": False}, False),
+        (TRIXIE, OWN, False),
+        (DEBIAN, {}, False),
+        (NOBLE, {}, False),
+    ],
+)
+def test_a_toolkit_that_the_distributions_repository_lacks_is_refused(tmp_path, distribution, variables, refused):
+    findings = found(tmp_path, H100, distribution)
+    _line, _decision, problems = decide(findings, **{"cuda_toolkit": True, **variables})
+    name = variables.get("cuda_version", "13.0")
+    assert problems == [
+        f"n1: cuda_toolkit is true for CUDA {name}, but {HERE} 13 (trixie) begins with the toolkit 13.1; "
+        "set cuda_toolkit: false (training needs no toolkit), or set cuda_repository_url to a repository that has it."
+    ] * refused
+
+
 def test_all_that_is_wrong_with_a_node_is_said_at_once(tmp_path):
     findings = found(tmp_path, B200)
     findings["disk"]["/usr/local"] = 1024**3
@@ -183,6 +245,49 @@ def test_beside_an_unknown_line_all_that_is_wrong_anyway_is_said(tmp_path):
     problems = planned(findings, cuda_version="12.7", **variables)
     words = ["'12.7'", "open modules only", "1.0 GiB free", "40 hexadecimal"]
     assert len(problems) == len(words) and all(any(word in problem for problem in problems) for word in words), problems
+
+
+@pytest.mark.parametrize(
+    ("torch", "machine", "variables", "line", "sentence"),
+    [
+        ("2.13.0+cu130", H100, {}, "13.0", ""),
+        ("2.13.0+cu126", H100, {"pytorch_version": ""}, "12.6", ""),
+        ("2.13.0", V100, {}, "12.6", ""),
+        (
+            "2.13.0+cu130",
+            H100,
+            {"cuda_version": "12.6"},
+            "12.6",
+            "pytorch_lock has torch 2.13.0+cu130, but the line is 12.6, whose builds are cu126; "
+            "set cuda_version: '13.0', or make the lock anew from https://download.pytorch.org/whl/cu126.",
+        ),
+        (
+            "2.12.0",
+            H100,
+            {"cuda_version": "12.8", "pytorch_version": ""},
+            "12.8",
+            "pytorch_lock has torch 2.12.0, but https://download.pytorch.org/whl/cu128 has 2.7.0 to 2.11.0; "
+            "set cuda_version: '13.0', or make the lock anew with another torch.",
+        ),
+    ],
+)
+def test_the_torch_of_a_lock_has_to_fit_the_line(tmp_path, torch, machine, variables, line, sentence):
+    each = host("n1", found=found(tmp_path, machine), pytorch_lock="torch.lock", **variables)
+    lock = pytorch_plan.Lock("/home/me/torch.lock", f"torch=={torch} --hash=sha256:{'0' * 64}\n")
+    plan, problems = planning.make("train", [each], RELEASE, MANIFEST, lock)
+    assert [problem.sentence() for problem in problems] == [f"n1: {sentence}"] * bool(sentence)
+    assert plan["cuda_version"] == line
+
+
+def test_a_lock_for_another_line_than_the_gpus_is_refused(tmp_path):
+    """A V100 needs 12.6, and the lock is for 13.0."""
+    lock = pytorch_plan.Lock("/home/me/torch.lock", f"torch==2.13.0+cu130 --hash=sha256:{'0' * 64}\n")
+    each = host("n1", found=found(tmp_path, V100), pytorch_lock="torch.lock")
+    (problem,) = planning.make("train", [each], RELEASE, MANIFEST, lock)[1]
+    assert problem.sentence().endswith(
+        "(sm_70) is not supported by torch 2.13.0+cu130 for CUDA 13.0; "
+        "set cuda_version: '12.6', and make the lock anew from https://download.pytorch.org/whl/cu126."
+    )
 
 
 def test_grace_hopper_has_open_modules_only(tmp_path):
@@ -424,10 +529,15 @@ def test_a_stopped_fabric_manager_beside_somebodys_driver_is_advice_and_a_proble
 def test_the_fabric_manager_follows_the_variable(tmp_path):
     _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_fabric_manager="absent")
     assert "nvidia-fabricmanager" not in names(decision)
+    assert decision["driver"]["settings"]["disabled"] == ["nvidia-fabricmanager.service"]
+    assert decide(found(tmp_path / "b", H100))[1]["driver"]["settings"]["disabled"] == []
+
+
+PACKAGES = ["cuda-drivers=580.65.06-1", "linux-headers-amd64"]
 
 
 def test_packages_of_the_users_choice(tmp_path):
-    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_packages=["cuda-drivers=580.65.06-1", "linux-headers-amd64"])
+    _line, decision, _problems = decide(found(tmp_path, H100), nvidia_driver_version="580.65.06", nvidia_driver_packages=PACKAGES)
     assert decision["driver"]["settings"]["packages"] == [
         {"name": "cuda-drivers", "version": "580.65.06-1"},
         {"name": "linux-headers-amd64", "version": ""},
@@ -435,6 +545,24 @@ def test_packages_of_the_users_choice(tmp_path):
     # They may be the distribution's, whose packages are kept away otherwise.
     assert not decision["driver"]["settings"]["refuse_distribution"]
     assert decide(found(tmp_path / "other", H100))[1]["driver"]["settings"]["refuse_distribution"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "version", "cure"),
+    [
+        (["cuda-drivers=580.65.06-1", "linux-headers-amd64"], "", "set nvidia_driver_version: 580.65.06."),
+        (["cuda-drivers=580.65.06-*"], "580.159.03", "set nvidia_driver_version: 580.65.06."),
+        (["nvidia-open=580.*"], "580.159.03", "give the package's full version and set nvidia_driver_version to it."),
+        (["cuda-drivers=580.65.06-1"], "580.65.06", ""),
+        (["cuda-drivers=580.105.08*", "nvidia-open=580.105.08-0ubuntu1"], "", ""),
+        (["cuda-drivers"], "580.159.03", ""),
+        (["linux-headers-amd64=6.1.1", "nvlsm=2025.1-1"], "", ""),
+    ],
+)
+def test_packages_of_another_version_than_the_drivers_are_refused(tmp_path, packages, version, cure):
+    problems = decide(found(tmp_path, H100), nvidia_driver_packages=packages, nvidia_driver_version=version)[2]
+    wanted = version or "580.105.08"
+    assert problems == [f"n1: nvidia_driver_packages has {packages[0]}, but the driver is to be {wanted}; {cure}"] * bool(cure)
 
 
 def test_a_cpu_cluster_is_asked_for_nothing(tmp_path):
@@ -541,7 +669,8 @@ def test_how_adapters_reach_gpu_memory(tmp_path, machine, kernel, peer_memory, v
     settings = decision["driver"]["settings"]
     assert problems == [] and decision["driver"]["gpudirect"] == path
     assert settings["modules"] == (["nvidia-peermem"] if path == "peermem" else [])
-    assert ("/etc/modules-load.d/onprem-torch-peermem.conf" in settings["files"]) is (path == "peermem")
+    file = "/etc/modules-load.d/onprem-torch-peermem.conf"
+    assert (file in settings["files"]) is (path == "peermem") and settings["absent_files"] == [file] * (path != "peermem")
     assert any("DOCA-OFED" in line for line in decision["advice"]) is advised
 
 
@@ -701,8 +830,11 @@ def test_limits_are_set_on_nodes_with_gpus_only_and_shm_where_asked(tmp_path):
     limits, logind, shm = "/etc/security/limits.d/onprem-torch.conf", "/etc/systemd/logind.conf.d/onprem-torch.conf", "onprem-torch-shm.service"
     settings = decide(found(tmp_path / "a", H100))[1]["nccl"]["settings"]
     assert "memlock unlimited" in settings["files"][limits] and "RemoveIPC=no" in settings["files"][logind] and settings["services"] == []
+    assert settings["absent_files"] == []
     settings = decide(found(tmp_path / "b", H100), nccl_limits=False, nccl_shm_gib=64)[1]["nccl"]["settings"]
+    assert settings["absent_files"] == [limits, logind], "those of an earlier run"
     assert limits not in settings["files"] and "size=64g" in settings["files"][f"/etc/systemd/system/{shm}"] and settings["services"] == [shm]
+    assert settings["sizes"] == {shm: {"path": "/dev/shm", "gib": 64}}
     assert not decide(found(tmp_path / "c", {}))[1]["nccl"]["wanted"]
 
 

@@ -105,6 +105,9 @@ def test_where_wheels_come_from(variables, index, extra):
     [
         (f"torch==2.13.0 \\\n    {HASH}\n# a comment\nnumpy==2.2 {HASH} # via torch\n", {}, []),
         (f"--index-url https://x\ntorch==2.13.0+cu130 {HASH}\n", {}, []),
+        (f"torch==2.13.0+cu130 {HASH}\n", {"pytorch_version": "2.13.0+cu130"}, []),
+        (f"torch==2.13.0+cu130 {HASH}\n", {"pytorch_version": "2.13.0+cu126"}, ["torch 2.13.0+cu130, but pytorch_version is 2.13.0+cu126"]),
+        (f"torch==2.13.0 {HASH}\n", {"pytorch_version": "2.13.0+cu126"}, []),
         (f"torch==2.12.0 {HASH}\n", {}, ["torch 2.12.0, but pytorch_version is 2.13.0", "pytorch_version: 2.12.0"]),
         (f"torch==2.13.0 {HASH}\nnumpy==2.2\n", {}, ["numpy==2.2 has no hash", "--generate-hashes"]),
         (f"numpy==2.2 {HASH}\n", {}, ["no line torch==VERSION"]),
