@@ -92,7 +92,7 @@ def gib(path: str) -> float:
     try:
         state = os.statvfs(path)
     except OSError:
-        return 0
+        return 0  # nothing is mounted there: differs from every size that can be asked for
     return state.f_blocks * state.f_frsize / 1024**3
 
 

@@ -208,7 +208,7 @@ class Ruleset:
             try:
                 self._ranges[place] = intervals(self._elements(key, reference))
             except (KeyError, TypeError, ValueError):
-                self._ranges[place] = None
+                self._ranges[place] = None  # a set of pairs, say: its elements are compared one by one
         return self._ranges[place]
 
     def _matches(self, key: tuple[str, str, str], body: Mapping[str, Any], packet: Packet) -> bool:

@@ -51,7 +51,7 @@ def locked_version(text: str) -> str:
     return ""
 
 
-def same_torch(wanted: str, found: str) -> bool:
+def same_version(wanted: str, found: str) -> bool:
     """Return whether two versions of torch are the same; a build counts where both name one."""
     (wanted_release, _plus, wanted_build), (release, _plus, build) = wanted.partition("+"), found.partition("+")
     return wanted_release == release and (not wanted_build or not build or wanted_build == build)
@@ -81,7 +81,7 @@ def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]
     if not found:
         text = f"{variable} names {lock.path}, which has no line torch==VERSION"
         problems.append(Problem("", variable, text, "make it from requirements that name torch"))
-    elif wanted and not same_torch(wanted, found):
+    elif wanted and not same_version(wanted, found):
         text = f"{variable} has torch {found}, but pytorch_version is {wanted}"
         problems.append(Problem("", "pytorch_version", text, f"set pytorch_version: {found}, or make the lock anew"))
     for other in ("pytorch_packages", "pytorch_constraints"):

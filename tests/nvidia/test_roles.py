@@ -189,13 +189,13 @@ def test_shm_has_the_size_that_was_asked_for_after_a_reboot_too(nodes, play):
 def test_what_a_variable_turned_off_is_gone(nodes, play):
     few = {"nccl_library": False, "cuda_toolkit": False}
     play.run(nvidia_driver_peermem="present", **few)
-    ours = "/etc/modules-load.d/onprem-torch-peermem.conf /etc/security/limits.d/onprem-torch.conf /etc/systemd/logind.conf.d/onprem-torch.conf"
-    nodes.run(f"ls {ours} && systemctl start nvidia-fabricmanager")
+    ours = "/etc/modules-load.d/onprem-torch-peermem.conf", "/etc/security/limits.d/onprem-torch.conf", "/etc/systemd/logind.conf.d/onprem-torch.conf"
+    nodes.run(f"ls {' '.join(ours)} && systemctl start nvidia-fabricmanager")
     off = {"nvidia_driver_peermem": "absent", "nccl_limits": False, "nvidia_driver_fabric_manager": "absent", **few}
     play.run(**off)
-    assert set(nodes.run(f"ls {ours} 2>/dev/null || true").values()) == {""}
-    for text in nodes.run("systemctl is-enabled nvidia-fabricmanager || true; systemctl show --value --property=ActiveState nvidia-fabricmanager").values():
-        assert text.split() == ["disabled", "inactive"]
+    nodes.run(" && ".join(f"[ ! -e {path} ]" for path in ours))
+    for text in nodes.run("systemctl show --property=UnitFileState,ActiveState nvidia-fabricmanager").values():
+        assert sorted(text.split()) == ["ActiveState=inactive", "UnitFileState=disabled"]
     for text in nodes.run("busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager RemoveIPC").values():
         assert text.split() == ["b", "true"]
     assert changes(play.run(**off)) == {0}

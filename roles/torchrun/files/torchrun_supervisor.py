@@ -978,7 +978,7 @@ class Torchrun:
             with open(TCP_COUNTERS, encoding="ascii") as file:
                 self.repeated = repeated_requests(file.read())
         except OSError:
-            self.repeated = None
+            self.repeated = None        # no counter: look at the table each time
         if self.repeated is not None and self.repeated == before and not self.still_blocked():
             return
         for path in TCP_TABLES:

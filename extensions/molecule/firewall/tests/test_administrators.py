@@ -112,9 +112,8 @@ def test_what_waits_for_a_reload_of_firewalld_is_not_loaded_for_the_administrato
         for name, answer in module(asked, "fwd12,fwd13").items():
             assert answer["failed"] and "holds what is not loaded yet (the policy strict, the service ssh)" in answer["msg"], (name, answer)
     finally:
-        undone = ["--delete-policy=strict", "--load-service-defaults=ssh"]
-        command = " && ".join(f"firewall-cmd --permanent {words}" for words in undone) + "; rm -f /etc/firewalld/services/ssh.xml*"
-        on_all(lambda node: node.run(command), FIREWALLD)
+        undone = [f"firewall-cmd --permanent {words}" for words in ("--delete-policy=strict", "--load-service-defaults=ssh")]
+        on_all(lambda node: node.run(" && ".join([*undone, "rm -f /etc/firewalld/services/ssh.xml*"])), FIREWALLD)
     in_sync()
 
 
