@@ -9,7 +9,7 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
+from ansible_collections.onprem.torch.plugins.plugin_utils import given_up, wheelhouse
 
 MODULE = "onprem.torch.pytorch_environment"
 
@@ -31,9 +31,10 @@ class ActionModule(ActionBase):
                     arguments["lock"] = stream.read()
             except OSError as error:
                 return {**result, "failed": True, "msg": f"pytorch_lock {arguments['lock']} cannot be read ({error.strerror}); correct the path"}
-        answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
-        if answer.get("incomplete"):
-            answer = self._install(arguments, task_vars)
+        with given_up.ends_with_task():
+            answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+            if answer.get("incomplete"):
+                answer = self._install(arguments, task_vars)
         result.update(answer)
         return result
 

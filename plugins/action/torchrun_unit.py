@@ -11,6 +11,7 @@ import typing as t
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import source_tree
+from ansible_collections.onprem.torch.plugins.plugin_utils import given_up
 
 MODULE = "onprem.torch.torchrun_unit"
 
@@ -25,6 +26,11 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; where it asks for the source, pack and copy it and run the module again."""
         result = super().run(tmp, task_vars)
+        with given_up.ends_with_task():
+            return {**result, **self._provide(task_vars)}
+
+    def _provide(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+        """Return the module's answer."""
         arguments = dict(self._task.args)
         answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         if answer.get("needs_archive"):
@@ -37,5 +43,4 @@ class ActionModule(ActionBase):
                 answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
                 answer["changed"] = bool(answer.get("changed") or before)
                 self._remove_tmp_path(temporary)
-        result.update(answer)
-        return result
+        return answer

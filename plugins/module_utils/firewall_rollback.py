@@ -157,5 +157,7 @@ def _lock() -> Iterator[None]:
     try:
         with node_lock.held("firewall", LOCK_PATIENCE):
             yield
+    except (node_lock.Gone, node_lock.Unsafe) as error:
+        raise NodeError(f"The firewall was not changed: {error}.") from None
     except node_lock.Busy:
         raise NodeError(f"Another run has been changing the firewall for {LOCK_PATIENCE} s; wait for it, or look at `ps` on the node.") from None

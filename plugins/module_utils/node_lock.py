@@ -6,16 +6,74 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 import time
 import typing as t
 
-FOLDER = "/run/lock"
+from ansible_collections.onprem.torch.plugins.module_utils import invoker
+
+# Nobody but root can make anything in /run, so nobody else can be there first, and a reboot leaves nothing of it.
+FOLDER = "/run/onprem.torch"
 
 
 class Busy(Exception):
-    """Another process holds the lock for longer than one is ready to wait."""
+    """The lock cannot be had: another process holds it for longer than one is ready to wait."""
+
+
+class Gone(Busy):
+    """Nobody waits for the answer any more, so nothing may be done."""
+
+
+class Unsafe(Busy):
+    """Somebody else than root could interfere with the lock."""
+
+
+def opened_folder(path: str = FOLDER) -> int:
+    """Return a descriptor of the folder of locks, made where it is not there; nobody but its owner can make files in it.
+
+    Raises:
+        Unsafe: it is no folder, or somebody else's.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise Unsafe(f"{path} is no folder, but one of root's was expected; remove it") from None
+        raise
+    found = os.fstat(handle)
+    if found.st_uid != os.geteuid():
+        os.close(handle)
+        raise Unsafe(f"{path} belongs to the user {found.st_uid}, but a folder of root's was expected; remove it")
+    if stat.S_IMODE(found.st_mode) != 0o755:
+        os.fchmod(handle, 0o755)  # a umask of its own, such as 002 or 077
+    return handle
+
+
+def opened(name: str, folder: str = FOLDER) -> int:
+    """Return a descriptor of a lock's file, which only its owner can open, and so lock.
+
+    Raises:
+        Unsafe: see ``opened_folder``, or the file is none of ours.
+    """
+    parent = opened_folder(folder)
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.open(f"{name}.lock", flags, 0o600, dir_fd=parent)
+    except OSError as error:
+        raise Unsafe(f"{folder}/{name}.lock cannot be opened ({error.strerror}); remove it") from None
+    finally:
+        os.close(parent)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        os.close(handle)
+        raise Unsafe(f"{folder}/{name}.lock is no file of root's; remove it")
+    os.fchmod(handle, 0o600)
+    return handle
 
 
 @contextlib.contextmanager
@@ -33,18 +91,27 @@ def held(name: str, seconds: float, folder: str = FOLDER) -> t.Iterator[int]:
 
     Raises:
         Busy: it could not be had.
+        Gone: whoever started this module has given it up. What was asked for long ago may be wrong by now.
+        Unsafe: somebody else than root could hold it.
     """
-    handle = os.open(os.path.join(folder, f"onprem.torch-{name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = opened(name, folder)
     try:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Busy(f"an earlier run still works on this node after {seconds:.0f} s") from None
-                time.sleep(0.1)
+        with invoker.Invoker() as asker:
+            deadline = time.monotonic() + seconds
+            while True:
+                reason = asker.gone()
+                if reason:
+                    raise Gone(f"this run was given up ({reason})")
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise Busy(f"an earlier run still works on this node after {seconds:.0f} s") from None
+                    time.sleep(0.1)
+            reason = asker.gone()
+            if reason:
+                raise Gone(f"this run was given up ({reason})")
         yield handle
     finally:
         os.close(handle)

@@ -25,9 +25,9 @@ def test_one_after_the_other(tmp_path):
 def test_orphan_of_a_killed_process_holds_it_until_it_ends(tmp_path):
     module = "\n".join(
         [
-            "import subprocess, sys, time",
-            f"sys.path.insert(0, {os.path.dirname(node_lock.__file__)!r})",
-            "import node_lock",
+            "import runpy, subprocess, time",
+            f"runpy.run_path({os.path.join(os.path.dirname(__file__), 'conftest.py')!r})",
+            "from ansible_collections.onprem.torch.plugins.module_utils import node_lock",
             f"with node_lock.held('x', 1, {str(tmp_path)!r}) as lock:",
             "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock])",
             "    print(child.pid, flush=True)",
