@@ -35,17 +35,20 @@ class ActionModule(ActionBase):
             }
         )
         plan = arguments["plan"]
+        raw = (task_vars or {})["hostvars"].raw_get
         if arguments["view"] == "plan":
             data: t.Any = {key: plan[key] for key in ("group", "cuda_version", "order", "nodes", "peers", "job", "fingerprint")}
             lines = job_state.plan_lines(plan)
+            nodes = {host: ((raw(host).get("__cluster_node") or {}).get("node") or {}) for host in plan["order"]}
+            data["odd"] = job_state.odd_states(nodes)
+            lines += data["odd"]
         else:
-            hostvars = (task_vars or {})["hostvars"]
             infos = {
-                host: job_state.received((hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info"))
+                host: job_state.received((raw(host).get(arguments["variable"]) or {}).get("info"))
                 for host in plan["order"]
             }
             for host, info in infos.items():
-                info["firewall"] = job_state.firewall(hostile_input.tidy(hostvars.raw_get(host).get(arguments["firewall_variable"]) or {}))
+                info["firewall"] = job_state.firewall(hostile_input.tidy(raw(host).get(arguments["firewall_variable"]) or {}))
             name = plan["job"]["name"]
             if arguments["view"] == "status":
                 data = {"job": name, "time": time.time(), "nodes": infos}

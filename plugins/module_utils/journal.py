@@ -99,11 +99,16 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str
     parts = [
         f"systemctl show --no-pager --property=ActiveState --property=Result {name}",
         state_command(root),
-        # -d: a checkpoint may be a folder.
-        f"ls -1td -- {checkpoints} 2>/dev/null | head -n 1 | head -c 4096 | base64 -w 0" if checkpoints else "true",
+        f"{newest_command(checkpoints)} | base64 -w 0" if checkpoints else "true",
         f"{journal} 2>/dev/null | head -n {AT_MOST} | head -c {MOST_BYTES}",
     ]
     return f"; echo; echo {MARK}; ".join(parts)
+
+
+def newest_command(checkpoints: str) -> str:
+    """Return a shell command that prints the path of the newest checkpoint; a folder that is one by its own name."""
+    look = shlex.quote(f"ls -1td -- {checkpoints}")
+    return f"timeout -k 1 {SECONDS} sh -c {look} 2>/dev/null | head -n 1 | head -c 4096"
 
 
 def state_command(root: str) -> str:

@@ -284,7 +284,12 @@ def newest(folder: str, pattern: str) -> dict[str, t.Any]:
     return {"path": path, "name": os.path.basename(path), "time": latest.modified, "bytes": latest.size}
 
 
-def checkpoint_hosts(job_root: str) -> list[str]:
-    """Return the hosts on which the job's supervisors have seen checkpoints, as this node knows it."""
-    state, _odd = supervisor_state.read(job_root)
-    return list(state.get("checkpoint_hosts") or [])
+def job_state(job_root: str) -> dict[str, t.Any]:
+    """Return what the plan needs of what this node's supervisor knows.
+
+    Returns:
+        ``checkpoint_hosts``: the hosts on which the job's supervisors have seen checkpoints; ``state_odd``: a sentence
+        where the supervisor's file is not what a supervisor writes, so that nothing is known, else empty.
+    """
+    state, odd = supervisor_state.read(job_root)
+    return {"checkpoint_hosts": list(state.get("checkpoint_hosts") or []), "state_odd": odd}

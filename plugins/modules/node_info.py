@@ -169,6 +169,9 @@ node:
       description: Hosts on which the job's supervisors have seen checkpoints.
       type: list
       elements: str
+    state_odd:
+      description: Why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty.
+      type: str
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -246,7 +249,7 @@ def main() -> None:
         "jobs": node_facts.jobs(),
         "secret_ids": node_facts.secret_ids(),
         "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
-        "checkpoint_hosts": node_facts.checkpoint_hosts(module.params["job_root"]),
+        **node_facts.job_state(module.params["job_root"]),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import os
+import shlex
 import subprocess
 import time
 
@@ -246,7 +247,7 @@ def test_a_shell_does_not_wait_for_a_state(make, root, monkeypatch):
     state, odd = journal.parse_state(run(journal.state_command(str(root))))
     assert state == {} and (odd or make.__name__ == "hard_link")
     assert supervisor_state.read(str(root))[1]
-    assert node_facts.checkpoint_hosts(str(root)) == []
+    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": [], "state_odd": supervisor_state.read(str(root))[1]}
 
 
 def test_a_shell_reads_a_state_and_tells_what_is_not_there(root):
@@ -254,7 +255,7 @@ def test_a_shell_reads_a_state_and_tells_what_is_not_there(root):
     assert journal.parse_state(run(command)) == ({}, "") == supervisor_state.read(str(root))
     (root / "state/state.json").write_text(json.dumps(STATE))
     assert journal.parse_state(run(command)) == supervisor_state.read(str(root))
-    assert supervisor_state.read(str(root))[0]["checkpoint_hosts"] == node_facts.checkpoint_hosts(str(root)) == ["n1"]
+    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": ["n1"], "state_odd": ""}
 
 
 @pytest.mark.parametrize("name", ["a.pt", "two words.pt", "\x1b[2J.pt", "new\nline.pt", "--onprem-torch--.pt", "-rf.pt", "$(touch owned).pt"])
@@ -277,11 +278,11 @@ def test_the_shell_finds_what_the_node_finds(glob, root):
         os.utime(root / name, (1000 + number, 1000 + number))
     os.utime(root / "step_1", (2000, 2000))
     expected = node_facts.newest(str(root), glob)["path"]
-    assert run(f"ls -1td -- {journal.pattern(str(root), glob)} 2>/dev/null | head -n 1").strip() in (expected, "")
+    assert run(journal.newest_command(journal.pattern(str(root), glob))).strip() in (expected, "")
 
 
 def test_a_pattern_is_no_command(root):
-    run(f"ls {journal.pattern(str(root), '*; touch owned; $(touch owned) `touch owned` & touch owned #')}")
+    run(f"cd {shlex.quote(str(root))}; {journal.newest_command(journal.pattern(str(root), '*; touch owned; $(touch owned) `touch owned` & touch owned #'))}")
     assert not list(root.glob("**/owned"))
 
 
