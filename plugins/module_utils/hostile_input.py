@@ -16,6 +16,7 @@ Stands alone: a copy of this very file lies beside the supervisor in each releas
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -23,12 +24,14 @@ import re
 import signal
 import stat
 import threading
+import time
 import typing as t
 
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 32
 MOST_DIGITS = 20  # of an integer: 64 bits with a sign
 MOST_TEXT = 2000
+LAST_MOMENT = 32_503_680_000  # the year 3000, in seconds since 1970
 # Characters of a line in which a pattern is looked for, and seconds of CPU that it may take.
 MOST_LINE = 1000
 SEARCH_SECONDS = 2.0
@@ -127,6 +130,80 @@ def read_entry(folder: int, name: str, path: str, limit: int = MOST_BYTES) -> by
         raise refusal(path, error) from None
     finally:
         os.close(descriptor)
+
+
+class Found(t.NamedTuple):
+    """What find has found.
+
+    Attributes:
+        path: path from the folder.
+        folder: whether it is a folder.
+        modified: seconds since 1970; what no calendar has counts as 0.
+        size: bytes.
+    """
+
+    path: str
+    folder: bool
+    modified: float
+    size: int
+
+
+def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0) -> list[Found]:
+    """Return what matches a pattern of paths as glob.glob knows it, without following a link and without end.
+
+    Args:
+        trusted: a folder whose path only root can change; links in it are followed.
+        pattern: with ``*``, ``?``, ``[…]`` and ``**`` (any folders); hidden names only where the pattern begins with a dot.
+        most: names that are looked at; where there are more, some are not found.
+        seconds: for how long is looked.
+    """
+    found: list[Found] = []
+    # Folders to look into, and what has to match there. A folder can come twice where the pattern has several "**".
+    parts = tuple(part for part in pattern.split("/") if part not in ("", "."))
+    waiting, seen = [("", parts)] if parts else [], set()
+    end = time.monotonic() + seconds
+    while waiting and most > 0 and time.monotonic() < end:
+        below, rest = waiting.pop()
+        if (below, rest) in seen:
+            continue
+        seen.add((below, rest))
+        first, after = rest[0], rest[1:]
+        if first == "**" and after:
+            waiting.append((below, after))
+        for entry in folder_entries(trusted, below, most):
+            most -= 1
+            name = os.path.basename(entry.path)
+            if name.startswith(".") and not first.startswith("."):
+                continue
+            if entry.folder and first == "**" and entry.path.count("/") < MOST_DEPTH:
+                waiting.append((entry.path, rest))
+            if fnmatch.fnmatchcase(name, "*" if first == "**" else first):
+                if not after:
+                    found.append(entry)
+                elif entry.folder and first != "**":
+                    waiting.append((entry.path, after))
+    return found
+
+
+def folder_entries(trusted: str, below: str, most: int) -> t.Iterator[Found]:
+    """Yield what lies in a folder, at most so many; nothing where there is no such folder."""
+    try:
+        folder = open_folder(trusted, below)
+    except Odd:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            for entry, _count in zip(entries, range(most)):
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue  # gone while we looked
+                moment = status.st_mtime if 0 <= status.st_mtime <= LAST_MOMENT else 0.0
+                yield Found(os.path.join(below, entry.name), stat.S_ISDIR(status.st_mode), moment, status.st_size)
+    except OSError:
+        return
+    finally:
+        os.close(folder)
 
 
 def expect_regular(status: os.stat_result, path: str, limit: int) -> None:
@@ -241,7 +318,7 @@ class Shape:
 
 
 class Text(Shape):
-    """A text; control characters are shown as such, and what is too long is cut. With ``choices``, one of them."""
+    """A text as one line; control characters are shown as such, and what is too long is cut. With ``choices``, one of them."""
 
     what = "text"
 
@@ -253,7 +330,7 @@ class Text(Shape):
             raise self.odd(value, name)
         if self.choices and value not in self.choices:
             raise Odd(f"{name} is {printable(value, 40)!r}, but one of {', '.join(self.choices)} was expected")
-        return printable(value, self.most)
+        return printable(value[: self.most + 1].replace("\r\n", " ").replace("\n", " "), self.most)
 
 
 class Number(Shape):
@@ -434,16 +511,16 @@ def shown(path: str) -> str:
     return printable(path, 300)
 
 
-def tidy(value: t.Any, limit: int = MOST_TEXT, depth: int = MOST_DEPTH) -> t.Any:
+def tidy(value: t.Any, limit: int = MOST_TEXT, lines: bool = False, depth: int = MOST_DEPTH) -> t.Any:
     """Return a value of JSON's kinds with all its texts printable; what is nested too deep becomes an ellipsis."""
     if isinstance(value, str):
-        return printable(value, limit)
+        return printable(value, limit, lines)
     if isinstance(value, (list, tuple, dict)) and depth <= 0:
         return "…"
     if isinstance(value, (list, tuple)):
-        return [tidy(item, limit, depth - 1) for item in value]
+        return [tidy(item, limit, lines, depth - 1) for item in value]
     if isinstance(value, dict):
-        return {printable(str(key), limit): tidy(item, limit, depth - 1) for key, item in value.items()}
+        return {printable(str(key), limit): tidy(item, limit, lines, depth - 1) for key, item in value.items()}
     return value
 
 
