@@ -236,6 +236,22 @@ def test_silent_member_is_lost(gang):
     assert two.exits() == [0, 0]
 
 
+@pytest.mark.parametrize("seconds", [1.2, 4])
+def test_rank_0_stands_still(gang, seconds):
+    """Shorter than a node may be silent, and longer: the job goes on by itself, and rank 0 is not lost to itself."""
+    two = gang(2, steps=150)
+    two.running(1)
+    two.processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    two.processes[0].send_signal(signal.SIGCONT)
+    generation = 1 if seconds < 2 else 2
+    two.running(generation, step=5)
+    assert two.state()["generation"] == generation and two.state()["restarts_left"] == 3
+    if generation == 2:
+        assert "lab1: lost: its supervisor stood still for" in two.state()["first_cause"]["text"]
+    assert two.exits() == [0, 0]
+
+
 def test_second_host_for_a_rank_is_refused(gang):
     two = gang(2)
     two.running(1)

@@ -70,6 +70,7 @@ EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED = 0, 1, 2, 10
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
 TAIL_LINES, TAIL_WIDTH = 80, 1000   # what is kept of torchrun's output to tell a cause
 HISTORY = 20
+CLOCK_AGES = 30.0                   # seconds after which a clock's offset is measured anew, though the network has become slower
 FINAL = ("done", "stopped", "failed")
 JSON = dict[str, Any]
 
@@ -144,11 +145,44 @@ class Limits:
         self.recheck_good = 30.0    # and while none does
         self.linger = 5.0           # how long the last word (stopped, failed) is offered to nodes that do not answer
         self.done_linger = 3600.0   # the same for done: a node that never hears it would wait for the others for ever
+        # The most that passes between two looks of a loop that runs. With the heartbeat before, less than lost_after.
+        self.attention = max(heartbeat, lost_after / 3.0)
 
     @staticmethod
     def backoff(failures: int) -> float:
         """Wait before the restart after so many failures in a row: 0, 1, 2, 4 ... 30 s."""
         return 0.0 if failures <= 1 else min(30.0, 2.0 ** (failures - 2))
+
+
+class Attention:
+    """A clock that stands still while its own loop does: paused, stopped by a signal, starved by a machine that swaps.
+
+    A loop that did not look cannot tell that somebody was silent, so of the time between two looks no more than
+    ``limits.attention`` counts, however long it was. Whoever is judged by this clock is never lost by a gap. Whether
+    CLOCK_MONOTONIC runs on while a virtual machine is suspended depends on its hypervisor; both are right here.
+    """
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self.limits, self.looked = limits, now
+        self.missed = 0.0           # in all
+        self.gap = 0.0              # the last time missed that a peer may have noticed
+        self.woke: Optional[float] = None   # when that was over, by this clock
+
+    def time(self, now: float) -> float:
+        """Seconds by this clock; called with the time of CLOCK_MONOTONIC at every look."""
+        gap = now - self.looked - self.limits.attention
+        self.looked = max(self.looked, now)
+        if gap > 0:
+            self.missed += gap
+            if gap + self.limits.attention > self.limits.lost_after / 2:
+                self.gap, self.woke = gap + self.limits.attention, now - self.missed
+        return now - self.missed
+
+    def excuse(self, now: float) -> str:
+        """Empty, or why peers may have given this node up a moment ago; now is this clock's."""
+        if self.woke is None or now - self.woke > self.limits.lost_after:
+            return ""
+        return f"its supervisor stood still for {self.gap:.0f} s"
 
 
 class Seat:
@@ -212,6 +246,8 @@ class Coordinator:
                  now: float = 0.0) -> None:
         self.limits, self.release = limits, release
         self.seats = [Seat(rank) for rank in range(nnodes)]
+        self.attention = Attention(limits, now)
+        self.seats[0].connected = True          # to itself: rank 0 needs no connection, and has none to lose
         self.phase = "waiting"
         self.since = now
         self.generation = generation
@@ -234,8 +270,8 @@ class Coordinator:
 
     def join(self, rank: int, session: int, now: float) -> None:
         """An authenticated connection speaks for this rank from now on."""
-        seat = self.seats[rank]
-        if seat.connected:
+        now, seat = self.attention.time(now), self.seats[rank]
+        if rank and seat.connected:
             self._lose(seat, "its supervisor started anew", now)
         seat.connected, seat.session, seat.heard = True, session, now
         seat.report, seat.checkpoints, seat.lines = {}, None, None
@@ -243,7 +279,7 @@ class Coordinator:
 
     def report(self, rank: int, session: int, report: JSON, now: float) -> None:
         """The state of a node; see Member.report for the keys."""
-        seat = self.seats[rank]
+        now, seat = self.attention.time(now), self.seats[rank]
         if not seat.connected or session != seat.session:
             return
         check_report(report)
@@ -269,14 +305,15 @@ class Coordinator:
 
     def leave(self, rank: int, session: int, why: str, now: float) -> None:
         """The connection of a node is gone."""
-        seat = self.seats[rank]
-        if seat.connected and session == seat.session:
+        now, seat = self.attention.time(now), self.seats[rank]
+        if rank and seat.connected and session == seat.session:
             self._lose(seat, why, now)
             self._step(now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
-        for seat in self.seats:
+        now = self.attention.time(now)
+        for seat in self.seats[1:]:
             if seat.connected and now - seat.heard > self.limits.lost_after:
                 self._lose(seat, f"not heard for {self.limits.lost_after:g} s", now)
         self._step(now)
@@ -293,6 +330,7 @@ class Coordinator:
 
     def finished(self, now: float) -> bool:
         """Whether rank 0 may exit: everyone who can be told has been told."""
+        now = self.attention.time(now)
         if self.phase == "done":
             return not self.unacknowledged() or now - self.since > self.limits.done_linger
         if self.phase in FINAL:
@@ -308,8 +346,12 @@ class Coordinator:
         """When tick has to be called next at the latest."""
         times = [now + 1.0]
         if self.phase == "waiting" and not self.abort and self.not_before:
-            times.append(max(self.not_before, now))
+            times.append(now + max(0.0, self.not_before - self.attention.time(now)))
         return min(times)
+
+    def age(self, moment: float, now: float) -> float:
+        """Seconds since a moment that this coordinator has noted."""
+        return self.attention.time(now) - moment
 
     def problems(self) -> list[tuple[str, str]]:
         """What the gang waits for: (host, text), by rank."""
@@ -377,9 +419,11 @@ class Coordinator:
         if self.phase == "running" and seat.finished != self.generation:
             self._abort(now, planned=planned)
         if self.abort and self.abort["generation"] == self.generation:
+            excuse = "" if planned else self.attention.excuse(now)
+            guilty = self.seats[0] if excuse else seat      # they have left because rank 0 was not heard
             self.abort["losses"].append({
-                "host": seat.name, "node_rank": seat.rank, "reason": "shutdown" if planned else "lost",
-                "error": "the node was shut down" if planned else why, "at": seat.heard})
+                "host": guilty.name, "node_rank": guilty.rank, "reason": "shutdown" if planned else "lost",
+                "error": "the node was shut down" if planned else excuse or why, "at": seat.heard})
 
     def _abort(self, now: float, planned: bool = False, hang: bool = False) -> None:
         if self.phase != "running":
@@ -519,6 +563,12 @@ class Member:
         self.kill_again = 0.0
         self.checking = False
         self.check_at = 0.0
+        self.attention: Optional[Attention] = None
+
+    def _time(self, now: float) -> float:
+        """The time by which this member judges."""
+        self.attention = self.attention or Attention(self.limits, now)
+        return self.attention.time(now)
 
     # -- events
 
@@ -533,13 +583,13 @@ class Member:
 
     def checked(self, problems: list[JSON], now: float) -> None:
         self.problems, self.checking = problems, False
-        self.check_at = now + (self.limits.recheck if problems else self.limits.recheck_good)
+        self.check_at = self._time(now) + (self.limits.recheck if problems else self.limits.recheck_good)
 
     def stop(self, now: float, leaving: bool) -> None:
         """SIGTERM has come: a stop of the job, or the shutdown of this node."""
         self.leaving = self.leaving or leaving
         if not leaving and self.stop_at is None:
-            self.stop_at = now
+            self.stop_at = self._time(now)
 
     def fail(self) -> None:
         """torchrun reports a failed worker and is ending its others."""
@@ -549,7 +599,7 @@ class Member:
         """torchrun has exited and nothing of it is alive."""
         self.exit = {"generation": self.generation, "time": time_of(cause), "code": code, "ordered": self.ordered,
                      "cause": cause}
-        self.phase, self.problems, self.checking, self.check_at = "idle", None, False, now
+        self.phase, self.problems, self.checking, self.check_at = "idle", None, False, self._time(now)
         self.failing, self.deadline, self.unkillable = False, None, []
 
     # -- answers
@@ -564,13 +614,14 @@ class Member:
     def wake_at(self, now: float) -> float:
         times = [now + 1.0]
         if self.phase == "stopping" and self.deadline is not None:
-            times.append(self.deadline)
+            times.append(now + max(0.0, self.deadline - self._time(now)))
         return min(times)
 
     # -- decisions
 
     def step(self, now: float) -> list[Action]:
         """What to do now."""
+        now = self._time(now)
         if self.phase == "running":
             return self._step_running(now)
         if self.phase == "stopping":
@@ -1426,6 +1477,7 @@ class Supervisor:
         self.rank: int = options.node_rank
         self.state_file = os.path.join(options.state_dir, "state.json")
         self.done_file = os.path.join(options.state_dir, "done")
+        self.attention = Attention(limits, time.monotonic())
         self.selector = selectors.DefaultSelector()
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.selector.register(self.wake_read, selectors.EVENT_READ, None)
@@ -1449,12 +1501,12 @@ class Supervisor:
             done = read_json(self.done_file)
             self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
                                            kept.get("restarts_left"), (done or {}).get("unacknowledged"),
-                                           time.monotonic())
+                                           self.now())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = kept.get("history") or []
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
             self.view = self.coordinator.view()
-            self.coordinator.join(0, 0, time.monotonic())
+            self.coordinator.join(0, 0, self.now())
         self.listener: Optional[socket.socket] = None
         self.links: dict[int, Link] = {}        # by file descriptor; on a member only the one to rank 0
         self.numbers = 0
@@ -1462,6 +1514,7 @@ class Supervisor:
         self.next_report = 0.0
         self.sent_report: Optional[JSON] = None
         self.clock: Optional[tuple[float, float]] = None      # round trip, offset to rank 0 in seconds
+        self.clock_at = 0.0         # when that was measured: a clock that was set, or a machine that was paused, changes it
         self.kill_at: Optional[float] = None
         self.last_exit: Optional[JSON] = None
         self.written: JSON = {}
@@ -1497,6 +1550,14 @@ class Supervisor:
 
     # -- the loop
 
+    def now(self) -> float:
+        """The time by which everything here is judged: what this loop has missed does not count."""
+        missed = self.attention.missed
+        now = self.attention.time(time.monotonic())
+        if self.attention.missed - missed > self.limits.lost_after / 2:
+            say(f"stood still for {self.attention.gap:.1f} s (paused, or the machine gave it no time): nobody is taken for lost by that")
+        return now
+
     def run(self) -> int:
         """Until the job's end reaches this node; returns the exit code."""
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
@@ -1509,13 +1570,13 @@ class Supervisor:
             self.watch.start()
         notify("READY=1")
         while True:
-            now = time.monotonic()
+            now = self.now()
             self.turn(now)
             unsent = any(link.session.outgoing for link in self.links.values())
             if self.code is not None and (now >= self.quit_by or not unsent):
                 return self.code
             for key, mask in self.selector.select(max(0.0, self.wake_at(now) - now)):
-                self.ready(key, mask, time.monotonic())
+                self.ready(key, mask, self.now())
 
     def wake_at(self, now: float) -> float:
         times = [self.member.wake_at(now), self.next_report]
@@ -1699,7 +1760,7 @@ class Supervisor:
             sock.close()
             self.unreached = self.why_unreached(os.strerror(code).lower(), False)
             return
-        self.sent_report = None
+        self.sent_report, self.clock_at = None, float("-inf")
         self.add_link(sock, self.rank, now)
 
     def ready(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
@@ -1772,8 +1833,9 @@ class Supervisor:
                     arrived = time.time()
                     trip = arrived - float(message["echo"])
                     offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
-                    if trip >= 0 and (self.clock is None or trip <= self.clock[0] * 1.5 + 0.001):
-                        self.clock = (trip, offset)
+                    aged = now - self.clock_at > CLOCK_AGES
+                    if trip >= 0 and (self.clock is None or aged or trip <= self.clock[0] * 1.5 + 0.001):
+                        self.clock, self.clock_at = (trip, offset), now
 
     def refuse(self, rank: int, host: str) -> None:
         """Two hosts for one rank: the one that came first stays."""
@@ -1800,7 +1862,7 @@ class Supervisor:
         except BlockingIOError:
             self.selector.modify(link.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
         except (OSError, ProtocolError) as error:
-            self.drop(link, str(error), time.monotonic())
+            self.drop(link, str(error), self.now())
 
     def send_order(self, link: Link, echo: Optional[float]) -> None:
         """The order for a rank: the answer to each of its reports, and again whenever it changes. Beside it the view."""
@@ -1856,7 +1918,7 @@ class Supervisor:
         for cause in self.coordinator.history[-2:]:
             if cause.get("time") is None:
                 heard = cause.pop("at", None)
-                cause["time"] = time.time() - (time.monotonic() - heard if heard else 0.0)
+                cause["time"] = time.time() - (self.coordinator.age(heard, self.now()) if heard else 0.0)
 
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
