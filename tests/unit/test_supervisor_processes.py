@@ -239,7 +239,7 @@ def test_silent_member_is_lost(gang):
 @pytest.mark.parametrize("seconds", [1.2, 4])
 def test_rank_0_stands_still(gang, seconds):
     """Shorter than a node may be silent, and longer: the job goes on by itself, and rank 0 is not lost to itself."""
-    two = gang(2, steps=150)
+    two = gang(2, steps=1000)
     two.running(1)
     two.processes[0].send_signal(signal.SIGSTOP)
     time.sleep(seconds)
@@ -249,7 +249,6 @@ def test_rank_0_stands_still(gang, seconds):
     assert two.state()["generation"] == generation and two.state()["restarts_left"] == 3
     if generation == 2:
         assert "lab1: lost: its supervisor stood still for" in two.state()["first_cause"]["text"]
-    assert two.exits() == [0, 0]
 
 
 def test_second_host_for_a_rank_is_refused(gang):

@@ -1501,12 +1501,12 @@ class Supervisor:
             done = read_json(self.done_file)
             self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
                                            kept.get("restarts_left"), (done or {}).get("unacknowledged"),
-                                           self.now())
+                                           time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = kept.get("history") or []
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
             self.view = self.coordinator.view()
-            self.coordinator.join(0, 0, self.now())
+            self.coordinator.join(0, 0, time.monotonic())
         self.listener: Optional[socket.socket] = None
         self.links: dict[int, Link] = {}        # by file descriptor; on a member only the one to rank 0
         self.numbers = 0
@@ -1550,13 +1550,13 @@ class Supervisor:
 
     # -- the loop
 
-    def now(self) -> float:
-        """The time by which everything here is judged: what this loop has missed does not count."""
-        missed = self.attention.missed
-        now = self.attention.time(time.monotonic())
-        if self.attention.missed - missed > self.limits.lost_after / 2:
+    def look(self, now: float) -> float:
+        """The time by which connections are judged, as the machines judge: what this loop has missed does not count."""
+        woke = self.attention.woke
+        seen = self.attention.time(now)
+        if self.attention.woke != woke:
             say(f"stood still for {self.attention.gap:.1f} s (paused, or the machine gave it no time): nobody is taken for lost by that")
-        return now
+        return seen
 
     def run(self) -> int:
         """Until the job's end reaches this node; returns the exit code."""
@@ -1570,13 +1570,13 @@ class Supervisor:
             self.watch.start()
         notify("READY=1")
         while True:
-            now = self.now()
+            now = time.monotonic()
             self.turn(now)
             unsent = any(link.session.outgoing for link in self.links.values())
             if self.code is not None and (now >= self.quit_by or not unsent):
                 return self.code
             for key, mask in self.selector.select(max(0.0, self.wake_at(now) - now)):
-                self.ready(key, mask, self.now())
+                self.ready(key, mask, time.monotonic())
 
     def wake_at(self, now: float) -> float:
         times = [self.member.wake_at(now), self.next_report]
@@ -1706,7 +1706,7 @@ class Supervisor:
 
     def add_link(self, sock: socket.socket, rank: Optional[int], now: float) -> None:
         sock.setblocking(False)
-        link = Link(sock, Session(self.secret, self.options.job, rank), now)
+        link = Link(sock, Session(self.secret, self.options.job, rank), self.look(now))
         self.links[sock.fileno()] = link
         self.selector.register(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if rank is not None else 0), link)
 
@@ -1739,10 +1739,11 @@ class Supervisor:
 
     def keep_links(self, now: float) -> None:
         """Drop the silent; a member without a connection tries again."""
+        seen = self.look(now)
         for link in list(self.links.values()):
-            if not link.session.open and now - link.since > self.HANDSHAKE_TIME:
+            if not link.session.open and seen - link.since > self.HANDSHAKE_TIME:
                 self.drop(link, "no handshake", now)
-            elif link.session.open and now - link.heard > self.limits.lost_after:
+            elif link.session.open and seen - link.heard > self.limits.lost_after:
                 self.drop(link, f"not heard for {self.limits.lost_after:g} s", now)
         if self.coordinator or self.links or now < self.next_connect or self.code is not None:
             return
@@ -1806,7 +1807,7 @@ class Supervisor:
     def received(self, link: Link, messages: list[JSON], now: float) -> None:
         """Messages of an authenticated peer; on rank 0 the first makes it the one that speaks for its rank."""
         if link.session.open:
-            link.heard = now
+            link.heard = self.look(now)
         for message in messages:
             if self.coordinator:
                 rank = link.session.rank
@@ -1862,7 +1863,7 @@ class Supervisor:
         except BlockingIOError:
             self.selector.modify(link.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
         except (OSError, ProtocolError) as error:
-            self.drop(link, str(error), self.now())
+            self.drop(link, str(error), time.monotonic())
 
     def send_order(self, link: Link, echo: Optional[float]) -> None:
         """The order for a rank: the answer to each of its reports, and again whenever it changes. Beside it the view."""
@@ -1918,7 +1919,7 @@ class Supervisor:
         for cause in self.coordinator.history[-2:]:
             if cause.get("time") is None:
                 heard = cause.pop("at", None)
-                cause["time"] = time.time() - (self.coordinator.age(heard, self.now()) if heard else 0.0)
+                cause["time"] = time.time() - (self.coordinator.age(heard, time.monotonic()) if heard else 0.0)
 
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
