@@ -216,6 +216,8 @@ class World:
                 return
             if node.rank:
                 self.talk(node)     # the last report
+            if node.member.leaving and node.member.why == "shutdown":
+                node.powered = False
             node.code, node.member = action[1], None
             assert node.alive is None, "exit with torchrun alive"
             if node.rank == 0:
@@ -393,15 +395,55 @@ def test_stop_gives_the_full_grace():
     assert [node.code for node in world.nodes] == [0, 0]
 
 
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1, 2], [1, 2]])
+@pytest.mark.parametrize("why", ["restart", "signal", "unknown"])
+def test_a_restart_of_units_is_no_stop(victims, why):
+    """systemctl restart, needrestart, kill: every supervisor comes back by itself, and so does the job."""
+    world = World(3)
+    world.run(2)
+    for victim in victims:
+        world.nodes[victim].member.stop(world.now, True, why)
+    world.run(6)
+    assert [node.alive for node in world.nodes] == [2, 2, 2], world.coordinator.text()
+    assert world.coordinator.restarts_left == 2
+    if 0 not in victims:
+        assert world.coordinator.first_cause["reason"] == "restart"
+        assert supervisor.LEAVING[why][1] in world.coordinator.first_cause["text"]
+    world.run(30)
+    assert all(node.disk["done"] for node in world.nodes)
+
+
+def test_a_restart_that_becomes_a_stop():
+    world = World(3)
+    world.run(2)
+    world.nodes[1].stubborn = True
+    world.nodes[1].member.stop(world.now, True, "restart")
+    world.run(1)
+    world.nodes[1].member.stop(world.now, False)
+    world.run(8)
+    assert [node.code for node in world.nodes] == [0, 0, 0]
+    assert not any(node.disk["done"] for node in world.nodes)
+
+
+def test_a_restart_during_a_stop_does_not_wait_for_ever():
+    world = World(3)
+    world.run(2)
+    world.nodes[2].stubborn = True
+    world.nodes[1].member.stop(world.now, True, "restart")
+    world.nodes[2].member.stop(world.now, False)
+    world.run(15)
+    assert [node.code for node in world.nodes] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_shutdown_of_a_node_is_not_a_stop(victim):
     world = World(3)
     world.run(2)
     world.nodes[victim].member.stop(world.now, True)
     world.run(4)
-    assert world.nodes[victim].code == 0
+    assert world.nodes[victim].code == supervisor.EXIT_AGAIN
     assert [node.code for node in world.nodes if node.rank != victim] == [None, None]
-    world.nodes[victim].code = None     # booted again
+    world.nodes[victim].powered = True
     world.run(6)
     assert all(node.alive == 2 for node in world.nodes)
     if victim:
@@ -635,16 +677,11 @@ class AnyFaults(RuleBasedStateMachine):
     def check_fails(self, index, bad):
         self.node(index).problems = [{"check": "disk", "text": "full"}] if bad else []
 
-    @rule(index=st.integers(0, 3))
-    def shut_down(self, index):
+    @rule(index=st.integers(0, 3), why=st.sampled_from(sorted(supervisor.LEAVING)))
+    def leave(self, index, why):
+        """A shutdown is followed by power_on; after anything else systemd starts the supervisor again."""
         if self.node(index).member:
-            self.node(index).member.stop(self.world.now, True)
-
-    @rule(index=st.integers(0, 3))
-    def boot_again(self, index):
-        node = self.node(index)
-        if node.code == 0 and not node.disk["done"] and not self.stopped:
-            node.code = None
+            self.node(index).member.stop(self.world.now, True, why)
 
     @rule(index=st.integers(0, 3))
     def stop(self, index):
@@ -661,11 +698,8 @@ class AnyFaults(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
-        world.heal()
         for _attempt in range(4):
-            for node in world.nodes:
-                if node.code == 0 and not node.disk["done"] and not self.stopped:
-                    node.code = None
+            world.heal()        # each time: a shutdown that was asked for last is still to come
             world.run(30)
         results = [(node.code, node.disk["done"]) for node in world.nodes]
         if any(node.code == 10 for node in world.nodes):

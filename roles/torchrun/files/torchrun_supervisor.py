@@ -15,7 +15,9 @@ Layers, top to bottom of this file
     Supervisor              one selectors loop that ties them together
 
 Exit codes
-    0   the job is done, or its stop was requested (systemctl stop, shutdown of the node)
+    0   the job is done, or its stop was requested (systemctl stop, Ctrl-C)
+    75  this node leaves for a while: a shutdown, a restart of its unit, a bare SIGTERM. systemd starts it again, unless
+        it has itself ended the unit (SuccessExitStatus=75 RestartForceExitStatus=75)
     2   wrong usage or configuration; systemd must not restart it (RestartPreventExitStatus=2 10)
     10  the job failed for good: the restart budget is spent; systemd must not restart it
     1   the supervisor itself failed; systemd restarts it
@@ -36,7 +38,7 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     checkpoint_hosts    hosts on which a checkpoint has been seen, whether they are still there or not
     last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
     first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
-                    signal, error, out of memory, hang, lost, shutdown), error, exit_code, signal, generation, time,
+                    signal, error, out of memory, hang, lost, shutdown, restart), error, exit_code, signal, generation, time,
                     text (one sentence), charged (whether it cost budget)} or null
     history         rank 0 only: the last 20 such causes, oldest first
     result          null, done, stopped or failed
@@ -66,10 +68,17 @@ import threading
 import time
 from typing import Any, Callable, Iterable, Optional
 
-EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED = 0, 1, 2, 10
+EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED, EXIT_AGAIN = 0, 1, 2, 10, 75
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
 TAIL_LINES, TAIL_WIDTH = 80, 1000   # what is kept of torchrun's output to tell a cause
 HISTORY = 20
+# Why a node leaves without a stop of the job: (reason of the cause, what happened to the node).
+LEAVING = {
+    "shutdown": ("shutdown", "the node was shut down"),
+    "restart": ("restart", "its unit was restarted"),
+    "signal": ("restart", "its supervisor was sent SIGTERM, though nobody has asked systemd to stop the unit"),
+    "unknown": ("restart", "its supervisor was sent SIGTERM, and systemd does not say why"),
+}
 CLOCK_AGES = 30.0                   # seconds after which a clock's offset is measured anew, though the network has become slower
 FINAL = ("done", "stopped", "failed")
 JSON = dict[str, Any]
@@ -205,6 +214,13 @@ class Seat:
         return self.host or f"rank {self.rank}"
 
     @property
+    def left(self) -> tuple[str, str]:
+        """Why it goes or has gone away for a while, as in LEAVING; ("", "") while it does not."""
+        if not self.report.get("leaving"):
+            return "", ""
+        return LEAVING.get(str(self.report.get("why")), LEAVING["shutdown"])
+
+    @property
     def idle(self) -> bool:
         return self.connected and self.report.get("phase") == "idle"
 
@@ -334,7 +350,8 @@ class Coordinator:
         if self.phase == "done":
             return not self.unacknowledged() or now - self.since > self.limits.done_linger
         if self.phase in FINAL:
-            told = all(seat.acknowledged or not seat.connected for seat in self.seats[1:])
+            # Whose unit is being restarted is back in a moment, and would wait for a job that is over.
+            told = all(seat.acknowledged or not seat.connected and seat.left[0] != "restart" for seat in self.seats[1:])
             return told or now - self.since > self.limits.linger
         return False
 
@@ -366,6 +383,8 @@ class Coordinator:
                 found.append((seat.name, f"was set up for {report['nnodes']} nodes, rank 0 for {len(self.seats)}"))
             elif report.get("release", self.release) != self.release:
                 found.append((seat.name, f"has release {report['release'] or 'none'}, rank 0 has {self.release}"))
+            elif seat.left[0]:
+                found.append((seat.name, f"{seat.left[1]}; it is back in a moment"))
             elif report.get("phase") != "idle":
                 held = report.get("unkillable")
                 found.append((seat.name, f"process {held[0]} does not die (uninterruptible)" if held
@@ -415,15 +434,15 @@ class Coordinator:
 
     def _lose(self, seat: Seat, why: str, now: float) -> None:
         seat.connected = False
-        planned = bool(seat.report.get("leaving"))
+        planned, error = seat.left
         if self.phase == "running" and seat.finished != self.generation:
-            self._abort(now, planned=planned)
+            self._abort(now, planned=bool(planned))
         if self.abort and self.abort["generation"] == self.generation:
             excuse = "" if planned else self.attention.excuse(now)
             guilty = self.seats[0] if excuse else seat      # they have left because rank 0 was not heard
             self.abort["losses"].append({
-                "host": guilty.name, "node_rank": guilty.rank, "reason": "shutdown" if planned else "lost",
-                "error": "the node was shut down" if planned else excuse or why, "at": seat.heard})
+                "host": guilty.name, "node_rank": guilty.rank, "reason": planned or "lost",
+                "error": error or excuse or why, "at": seat.heard})
 
     def _abort(self, now: float, planned: bool = False, hang: bool = False) -> None:
         if self.phase != "running":
@@ -490,7 +509,7 @@ class Coordinator:
         assert self.abort
         abort, self.abort = self.abort, None
         cause = self._first_cause(abort)
-        charged = cause["reason"] not in ("lost", "shutdown")
+        charged = cause["reason"] not in ("lost", "shutdown", "restart")
         cause.update(generation=abort["generation"], charged=charged)
         cause["text"] = describe(cause)
         self.first_cause = cause
@@ -516,9 +535,11 @@ class Coordinator:
                 failures.append(dict(last["cause"], host=seat.name, node_rank=seat.rank))
         failures.sort(key=lambda cause: (bool(cause.get("echo")), cause.get("time") or 0.0))
         if abort["planned"]:
-            host = losses[0] if losses else next(({"host": seat.name, "node_rank": seat.rank} for seat in self.seats
-                                                  if seat.report.get("leaving")), {"host": None, "node_rank": None})
-            return dict(host, reason="shutdown", error="the node was shut down", at=None)
+            gone = next((loss for loss in losses if loss["reason"] != "lost"), None)
+            going = next((seat for seat in self.seats if seat.left[0]), None)
+            if gone or not going:
+                return gone or {"host": None, "node_rank": None, "reason": "shutdown", "error": LEAVING["shutdown"][1]}
+            return {"host": going.name, "node_rank": going.rank, "reason": going.left[0], "error": going.left[1]}
         if losses and (not failures or failures[0].get("echo") or losses[0]["at"] < abort["at"]):
             return losses[0]
         if failures:
@@ -555,7 +576,8 @@ class Member:
         self.connected = False
         self.order: JSON = {"order": "wait"}
         self.stop_at: Optional[float] = None    # when systemctl stop reached this node
-        self.leaving = False                    # the node itself goes down
+        self.leaving = False                    # this node goes away for a while, and the job does not end
+        self.why = ""                           # which of LEAVING
         self.failing = False                    # torchrun has seen a worker fail and is ending
         self.ordered = False                    # this generation was ended by us, so its exit code tells nothing
         self.result: Optional[str] = None
@@ -585,11 +607,17 @@ class Member:
         self.problems, self.checking = problems, False
         self.check_at = self._time(now) + (self.limits.recheck if problems else self.limits.recheck_good)
 
-    def stop(self, now: float, leaving: bool) -> None:
-        """SIGTERM has come: a stop of the job, or the shutdown of this node."""
-        self.leaving = self.leaving or leaving
-        if not leaving and self.stop_at is None:
-            self.stop_at = self._time(now)
+    def stop(self, now: float, leaving: bool, why: str = "shutdown") -> None:
+        """SIGTERM has come: a stop of the job, or (leaving) this node's own affair; why is one of LEAVING.
+
+        A stop wins over a restart that was asked for before.
+        """
+        if leaving:
+            self.leaving, self.why = True, self.why or why
+        else:
+            if self.stop_at is None:
+                self.stop_at = self._time(now)
+            self.leaving, self.why = False, ""
 
     def fail(self) -> None:
         """torchrun reports a failed worker and is ending its others."""
@@ -609,7 +637,7 @@ class Member:
         return {"host": self.host, "nnodes": self.nnodes, "release": self.release, "phase": self.phase,
                 "generation": self.generation, "exit": self.exit, "problems": self.problems, "final": self.result,
                 "unkillable": self.unkillable[:1], "failing": self.failing, "leaving": self.leaving,
-                "stop": self.stop_at is not None}
+                "why": self.why, "stop": self.stop_at is not None}
 
     def wake_at(self, now: float) -> float:
         times = [now + 1.0]
@@ -663,7 +691,7 @@ class Member:
             self.result = str(order)
             return [("result", self.result)]
         if self.leaving:
-            return [("exit", EXIT_OK)]
+            return [("exit", EXIT_AGAIN)]
         alone = not self.connected
         if self.stop_at is not None and (alone or order == "stop" or now - self.stop_at > 2.0) or alone and order == "stop":
             self.result = "stopped"
@@ -1411,19 +1439,53 @@ def parse_check(text: str) -> tuple[str, str]:
     return kind, value
 
 
-def going_down() -> bool:
-    """Whether this machine is shutting down, as opposed to one unit being stopped."""
-    if not os.path.exists("/run/systemd/system") or not os.path.exists("/run/dbus/system_bus_socket"):
-        return False
+def own_unit() -> str:
+    """The service that this process belongs to, empty where it is none's."""
     try:
-        done = subprocess.run(["systemctl", "is-system-running"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=3, check=False)
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            parts = [part for line in file for part in line.rstrip("\n").partition("::")[2].split("/")]
     except OSError:
-        return False
-    except subprocess.TimeoutExpired:
-        return True
-    # No answer although there is a bus: it is being stopped as well.
-    return done.stdout.strip() in (b"stopping", b"", b"unknown", b"offline")
+        return ""
+    return next((part for part in reversed(parts) if part.endswith(".service")), "")
+
+
+def systemctl(*words: str) -> Optional[str]:
+    """What systemctl prints, whatever its exit code; None where systemd does not answer."""
+    try:
+        done = subprocess.run(["systemctl", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode and done.stderr.strip() else done.stdout.decode("utf-8", "replace").strip()
+
+
+def why_ended(unit: str, patience: float = 3.0) -> str:
+    """Why this unit was sent SIGTERM: "stop" where somebody has asked systemd to stop it, else one of LEAVING.
+
+    systemd tells it by the job that it has for the unit. Where its bus is restarted in this very moment it is asked
+    again; a systemd that says nothing has not said that the job has to end on every node.
+    """
+    if not unit or not os.path.exists("/run/systemd/system"):
+        return "signal"
+    deadline = time.monotonic() + patience
+    while True:
+        state = systemctl("is-system-running")
+        if state == "stopping":
+            return "shutdown"
+        jobs = systemctl("list-jobs", "--no-legend", "--plain", unit)
+        if state not in (None, "", "unknown", "offline") and jobs is not None:
+            return job_of(unit, jobs)
+        if time.monotonic() > deadline:
+            return "unknown"
+        time.sleep(0.2)
+
+
+def job_of(unit: str, jobs: str) -> str:
+    """"stop", "restart" or "signal" (no job at all), from systemctl list-jobs: number, unit, type, state."""
+    rows = [line.split() for line in jobs.splitlines()]
+    kinds = [row[2] for row in rows if len(row) >= 3 and row[1] == unit]
+    # A start that waits: a stop, and a start before it was over.
+    return "signal" if not kinds else "stop" if kinds[0] == "stop" else "restart"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1471,6 +1533,8 @@ class Supervisor:
 
     HANDSHAKE_TIME, STRANGERS = 3.0, 16
     PACE = 0.1      # seconds at least between looks at what costs time for every node
+    ASK_AGAIN = 2.0     # seconds: a restart that takes long may become a stop
+    STILL_ENDED = 10.0  # seconds after which it is no start of all nodes that is under way
 
     def __init__(self, options: argparse.Namespace, limits: Limits, secret: bytes) -> None:
         self.options, self.limits, self.secret = options, limits, secret
@@ -1482,6 +1546,7 @@ class Supervisor:
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.selector.register(self.wake_read, selectors.EVENT_READ, None)
         self.events: collections.deque[tuple[str, Any]] = collections.deque()   # from threads
+        self.unit, self.next_ask = own_unit(), 0.0
         marker = os.path.abspath(options.state_dir)     # one per job and node
         unit = CgroupTree.unit_path()
         self.torchrun = Torchrun(CgroupTree(unit) if unit else MarkedTree(marker), marker,
@@ -1492,6 +1557,8 @@ class Supervisor:
         goes_on = old.get("release") == options.release and old.get("job") == options.job
         generation = int(old.get("generation") or 0) if goes_on else 0
         self.member = Member(options.host, options.nnodes, options.release, limits, generation)
+        self.first, self.began = generation, time.monotonic()
+        self.ended = old.get("text") if goes_on and old.get("result") in ("stopped", "failed") else None
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
                            "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
@@ -1545,8 +1612,15 @@ class Supervisor:
         threading.Thread(target=lambda: self.post(kind, function()), daemon=True).start()
 
     def on_signal(self, number: int, _frame: Any) -> None:
-        if number != signal.SIGCHLD:
-            self.in_background("stop", going_down)
+        if number == signal.SIGINT:         # Ctrl-C, or asked for by name; systemd sends SIGTERM
+            self.post("stop", "stop")
+        elif number == signal.SIGTERM:
+            self.ask_why()
+
+    def ask_why(self) -> None:
+        """Ask systemd in the background why this unit has to end."""
+        self.next_ask = time.monotonic() + self.ASK_AGAIN
+        self.in_background("stop", lambda: why_ended(self.unit))
 
     # -- the loop
 
@@ -1592,6 +1666,8 @@ class Supervisor:
         """One round: take in events, let the machines decide, carry out, tell the others."""
         while self.events:
             self.event(*self.events.popleft(), now)
+        if self.member.leaving and self.member.why != "shutdown" and now >= self.next_ask and self.code is None:
+            self.ask_why()
         self.reap(now)
         self.keep_links(now)
         if self.coordinator and now >= self.next_tick:
@@ -1622,9 +1698,13 @@ class Supervisor:
 
     def event(self, kind: str, value: Any, now: float) -> None:
         if kind == "stop":
-            if self.member.stop_at is None and not self.member.leaving:
-                say(f"{self.options.host} is shutting down" if value else f"stop requested on {self.options.host}")
-            self.member.stop(now, bool(value))
+            member = self.member
+            if value == "stop" and member.stop_at is None:
+                say(f"stop requested on {self.options.host}")
+            elif value != "stop" and member.stop_at is None and not member.leaving:
+                say(f"leaves for a while: {LEAVING[value][1]}; the job goes on once it is back")
+            if value in ("stop", "shutdown") or member.stop_at is None:
+                member.stop(now, value != "stop", value)
         elif kind == "closing":
             self.member.fail()
         elif kind == "checked":
@@ -1930,11 +2010,17 @@ class Supervisor:
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             why = f" ({self.unreached})" if self.unreached else ""
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}{why}")
+        alone = not member.connected or any(not seat.connected for seat in self.coordinator.seats) if self.coordinator \
+            else not member.connected
+        if self.ended and alone and view["state"] == "waiting" and member.generation == self.first \
+                and time.monotonic() - self.began > self.STILL_ENDED:
+            view["text"] += f". The job had ended ({self.ended}); start it on every node"
         if member.result and view["state"] != member.result:
             by = view["stopped_by"] or options.host
             view.update(state=member.result, stopped_by=by, text=f"{member.result} as requested on {by}")
         elif (member.stop_at is not None or member.leaving) and view["state"] not in FINAL:
-            view.update(state="stopping", text=f"{options.host} is shutting down" if member.leaving else view["text"])
+            view.update(state="stopping", text=f"{options.host} leaves for a while: {LEAVING[member.why][1]}" if member.leaving
+                        else view["text"])
         began = (view["state"], max(int(view["generation"]), member.generation))
         if began != (self.written.get("state"), self.written.get("generation")):
             self.since = time.time()
