@@ -19,7 +19,7 @@ import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, source_tree
 
 RECORD = "release.json"
 HISTORY = "history.json"
@@ -205,8 +205,5 @@ def set_aside(folder: str, names: t.Sequence[str]) -> None:
 
 def finished(root: str, release: str) -> bool:
     """Return whether the supervisor has marked this release as done."""
-    try:
-        with open(os.path.join(root, "state", "done"), encoding="utf-8") as stream:
-            return bool(json.load(stream).get("release") == release)
-    except (OSError, ValueError):
-        return False
+    done, _odd = hostile_input.load(root, "state/done", hostile_input.Fields({"release": hostile_input.Text(255)}, required=("release",)))
+    return bool(done and done["release"] == release)
