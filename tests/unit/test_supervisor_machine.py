@@ -164,7 +164,7 @@ class World:
         """Reports and orders, as Supervisor carries them."""
         report = dict(node.member.report(), checkpoints=node.checkpoints, lines=node.lines, checkpoint=None)
         if node.rank == 0:
-            self.coordinator.report(0, 0, report, self.now)
+            self.coordinator.hear(0, 0, report, self.now)
             node.member.receive(self.coordinator.order())
             return
         if self.reachable(node) and self.coordinator:
@@ -176,7 +176,7 @@ class World:
             if not seat.connected or seat.session != node.session:      # rank 0 has closed it
                 self.cut(node)
                 return
-            self.coordinator.report(node.rank, node.session, report, self.now)
+            self.coordinator.hear(node.rank, node.session, report, self.now)
             node.member.receive(self.coordinator.order())
             node.heard = self.now
         elif node.session is not None and self.now - node.heard > self.limits.lost_after:

@@ -68,6 +68,9 @@ import threading
 import time
 from typing import Any, Callable, Iterable, Optional
 
+# Lies beside this file in a release.
+from hostile_input import LAST_MOMENT, Fields, Flag, ListOf, Maybe, Number, Odd, Shape, Text, check, find, load, parse_json, printable
+
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED, EXIT_AGAIN = 0, 1, 2, 10, 75
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
 TAIL_LINES, TAIL_WIDTH = 80, 1000   # what is kept of torchrun's output to tell a cause
@@ -102,7 +105,12 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def say(text: str) -> None:
     """One line of the supervisor's own in the journal."""
-    write_all(1, f"supervisor: {text}\n".encode("utf-8", "replace"))
+    write_all(1, f"supervisor: {one_line(text)}\n".encode("utf-8", "replace"))
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """A text as one line that does nothing to a terminal; lines become spaces."""
+    return printable(" ".join(text[:2 * most].split()), most)
 
 
 def notify(text: str) -> None:
@@ -112,29 +120,38 @@ def notify(text: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            sock.setblocking(False)
+            sock.sendto(one_line(text, 1000).encode("utf-8", "replace"), "\0" + path[1:] if path[0] == "@" else path)
     except OSError:
         pass
 
 
 def write_json(path: str, value: Any) -> None:
-    """Replace a JSON file in one step; readers never see half of it."""
+    """Replace a JSON file in one step; readers never see half of it. What lies there under the new file's name is no obstacle."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass
+    # The job can write into this folder too: never into a link or a FIFO.
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.fchmod(file, 0o644)
+        data = text.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(file, data):]
+    finally:
+        os.close(file)
     os.replace(temporary, path)
 
 
-def read_json(path: str) -> Optional[dict[str, Any]]:
-    """A JSON object from a file, or None where there is none that can be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def read_known(path: str, shape: Shape) -> JSON:
+    """What an earlier supervisor has written, {} where there is nothing. The job can write there too: what is odd is said."""
+    value, odd = load(os.path.dirname(path), os.path.basename(path), shape)
+    if odd:
+        say(f"{odd}: taken as not there")
+    return dict(value or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +219,7 @@ class Seat:
         self.host: Optional[str] = None
         self.connected = False
         self.session = 0            # the connection that speaks for this rank; older ones are not heard
+        self.host_of = -1           # the connection on which its host was told
         self.heard = 0.0
         self.report: JSON = {}
         self.finished = 0           # the last generation whose torchrun exited 0 here
@@ -225,30 +243,69 @@ class Seat:
         return self.connected and self.report.get("phase") == "idle"
 
 
-REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), "generation": (int,),
-          "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
-          "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
-          "checkpoint": (dict, type(None))}
-NEWS = [key for key in REPORT if key not in ("checkpoints", "lines", "checkpoint")]
-EXIT = {"generation": (int,), "code": (int,), "ordered": (bool,), "cause": (dict, type(None))}
-CAUSE = {"reason": (str,), "error": (str, type(None)), "time": (int, float, type(None))}
+# What passes between supervisors and lies in their files, to the leaf. Nothing of another kind or size gets any further.
+FINITE = Number(-LAST_MOMENT, LAST_MOMENT, whole=False)
+MOMENT = Number(0, LAST_MOMENT, whole=False)
+COUNT, CODE, NAME, WORD, SENTENCE = Number(), Number(-2**31, 2**32), Text(255), Text(40), Text(2000)
+PHASES, STATES = ("idle", "running", "stopping"), ("waiting", "running", "stopping") + FINAL
+CHECKPOINT = Maybe(Fields({"path": Text(1024), "time": MOMENT}, ("path", "time")))
+CAUSE_FIELDS: dict[str, Shape] = {
+    "reason": WORD, "error": Maybe(SENTENCE), "time": Maybe(MOMENT), "exit_code": Maybe(CODE), "signal": Maybe(WORD),
+    "rank": Maybe(COUNT), "local_rank": Maybe(COUNT), "own": Flag(), "echo": Flag()}
+NO_CAUSE: JSON = {"reason": "", "error": None, "time": None, "exit_code": None, "signal": None, "rank": None, "local_rank": None}
+SETTLED = Maybe(Fields({**CAUSE_FIELDS, "host": Maybe(NAME), "node_rank": Maybe(COUNT), "generation": COUNT, "charged": Flag(),
+                        "text": SENTENCE}, ("reason", "generation", "text")))
+EXIT = Fields({"generation": COUNT, "time": Maybe(MOMENT), "code": CODE, "ordered": Flag(), "cause": Maybe(Fields(CAUSE_FIELDS, ("reason",)))},
+              ("generation", "code", "ordered", "cause"))
+REPORT_FIELDS: dict[str, Shape] = {
+    "host": NAME, "nnodes": COUNT, "release": NAME, "phase": Text(choices=PHASES), "generation": COUNT, "exit": Maybe(EXIT),
+    "problems": Maybe(ListOf(Fields({"check": WORD, "text": Text(300)}, ("check", "text")), 9)),
+    "final": Maybe(Text(choices=FINAL)), "unkillable": ListOf(COUNT, 1), "failing": Flag(), "leaving": Flag(), "stop": Flag(),
+    "checkpoints": COUNT, "lines": COUNT, "checkpoint": CHECKPOINT}
+REPORT = Fields({**REPORT_FIELDS, "why": WORD, "sent": FINITE}, tuple(REPORT_FIELDS))
+NEWS = [key for key in REPORT_FIELDS if key not in ("checkpoints", "lines", "checkpoint")]
+MOST_HOSTS = 10000
+VIEW_FIELDS: dict[str, Shape] = {
+    "state": Text(choices=STATES), "text": SENTENCE, "generation": COUNT, "restarts": COUNT, "restarts_left": COUNT,
+    "first_cause": SETTLED, "stopped_by": Maybe(NAME), "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)}
+VIEW = Fields(VIEW_FIELDS, tuple(VIEW_FIELDS))
+ORDERS = ("wait", "run", "stop") + FINAL
+ORDER = Fields({"order": Text(choices=ORDERS), "generation": COUNT, "graceful": Flag(), "hang": Flag(), "echo": FINITE, "now": FINITE,
+                "view": VIEW}, ("order", "generation"))
+DONE = Fields({"job": NAME, "release": NAME, "unacknowledged": ListOf(COUNT, MOST_HOSTS)}, ("release",))
+# A generation that no job reaches is not gone on with: it was written by somebody else.
+STATE = Fields({"job": NAME, "release": NAME, "text": SENTENCE, "generation": Number(0, 10**6), "result": Maybe(Text(choices=FINAL)),
+                "restarts": COUNT, "restarts_left": COUNT, "first_cause": SETTLED, "history": ListOf(SETTLED, HISTORY),
+                "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)})
 
 
-def check_shape(value: JSON, shape: dict[str, tuple[type, ...]]) -> None:
-    """Raise ProtocolError unless a message has these keys with these types."""
-    for key, types in shape.items():
-        if not isinstance(value.get(key), types):
-            raise ProtocolError(f"{key} is missing or of the wrong type")
+class Anything(Shape):
+    """A value of which only what fits is looked at."""
+
+    def clean(self, value: Any, name: str) -> Any:
+        return value
 
 
-def check_report(report: JSON) -> None:
-    """Raise ProtocolError unless this is what a member says."""
-    check_shape(report, REPORT)
-    if report["exit"]:
-        check_shape(report["exit"], EXIT)
-        check_shape(report["exit"]["cause"] or {"reason": ""}, CAUSE)
-    if not all(isinstance(problem, dict) for problem in report["problems"] or []):
-        raise ProtocolError("problems is of the wrong type")
+ERROR_JSON = Fields({"message": Anything()})
+# How far beyond rank 0's own a node's generation may be to be gone on from, as after the loss of rank 0's state.
+PLAUSIBLE = 100000
+
+
+def expected(message: Any, shape: Shape) -> JSON:
+    """A peer's message in its shape, texts printable and cut; raises ProtocolError."""
+    try:
+        found: JSON = check(message, shape)
+    except Odd as odd:
+        raise ProtocolError(str(odd)) from None
+    return found
+
+
+def check_report(report: Any) -> JSON:
+    """What a member says, with every field of its cause; raises ProtocolError."""
+    found = expected(report, REPORT)
+    if found["exit"] and found["exit"]["cause"]:
+        found["exit"]["cause"] = {**NO_CAUSE, **found["exit"]["cause"]}
+    return found
 
 
 class Coordinator:
@@ -294,17 +351,22 @@ class Coordinator:
         self._step(now)
 
     def report(self, rank: int, session: int, report: JSON, now: float) -> None:
-        """The state of a node; see Member.report for the keys."""
+        """The state of a node, whatever it is; see Member.report for the keys. Raises ProtocolError where it is none."""
+        self.hear(rank, session, check_report(report), now)
+
+    def hear(self, rank: int, session: int, report: JSON, now: float) -> None:
+        """A report that check_report has returned, or this node's own."""
         now, seat = self.attention.time(now), self.seats[rank]
         if not seat.connected or session != seat.session:
             return
-        check_report(report)
+        if seat.host_of == session and report["host"] != seat.host:
+            raise ProtocolError("another host name than before")
         news = any(report[key] != seat.report.get(key) for key in NEWS)
-        seat.heard, seat.report, seat.host = now, report, report["host"][:255]
+        seat.heard, seat.report, seat.host, seat.host_of = now, report, report["host"], session
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
-        if report["checkpoint"] and seat.host not in self.checkpoint_hosts:
-            self.checkpoint_hosts = sorted([*self.checkpoint_hosts, str(seat.host)])
+        if report["checkpoint"] and seat.host not in self.checkpoint_hosts and self._room_for(report["host"]):
+            self.checkpoint_hosts = sorted([*self.checkpoint_hosts, report["host"]])
         last = report.get("exit") or {}
         if last.get("generation") == self.generation and last.get("code") == 0:
             seat.finished = self.generation
@@ -421,11 +483,16 @@ class Coordinator:
 
     def view(self) -> JSON:
         """What every node is told about the job."""
-        return {"state": self.phase, "text": self.text(), "generation": self.generation, "restarts": self.restarts,
+        return {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
                 "checkpoint_hosts": self.checkpoint_hosts}
 
     # -- inside
+
+    def _room_for(self, host: str) -> bool:
+        """Whether another host's name is kept: all names travel with every view, so there is an end to them."""
+        names = [*self.checkpoint_hosts, host]
+        return len(names) <= 2 * len(self.seats) + 64 and sum(len(name.encode()) for name in names) <= 24576
 
     def _enter(self, phase: str, now: float) -> None:
         self.phase, self.since = phase, now
@@ -481,7 +548,8 @@ class Coordinator:
         elif self.phase == "waiting" and now >= self.not_before and not self.problems():
             if any(seat.report.get("leaving") for seat in self.seats):
                 return False
-            self.generation = max([self.generation] + [int(seat.report.get("generation") or 0) for seat in self.seats]) + 1
+            claims = [int(seat.report.get("generation") or 0) for seat in self.seats]
+            self.generation = max([self.generation] + [claim for claim in claims if claim <= self.generation + PLAUSIBLE]) + 1
             self.activity = now
             self._enter("running", now)
             return True
@@ -513,7 +581,7 @@ class Coordinator:
         cause.update(generation=abort["generation"], charged=charged)
         cause["text"] = describe(cause)
         self.first_cause = cause
-        self.history = (self.history + [cause])[-HISTORY:]
+        self.history = (self.history + [dict(cause, error=cause["error"] and cause["error"][:1000])])[-HISTORY:]
         self.restarts += 1
         if charged:
             self.failures += 1
@@ -696,7 +764,9 @@ class Member:
         if self.stop_at is not None and (alone or order == "stop" or now - self.stop_at > 2.0) or alone and order == "stop":
             self.result = "stopped"
             return [("result", self.result)]
-        if order == "run" and self.connected and int(self.order["generation"]) > self.generation \
+        # Orders come in order on each connection, so one that differs is a new one. A number that somebody has made up, here
+        # or in a file, does not keep a node from going on with the job's own.
+        if order == "run" and self.connected and int(self.order["generation"]) != self.generation \
                 and self.problems is not None and self.stop_at is None:
             self.phase, self.generation, self.exit = "running", int(self.order["generation"]), None
             self.failing = self.ordered = False
@@ -746,9 +816,9 @@ class Session:
             if payload is None:
                 return messages
             try:
-                message = json.loads(payload)
-            except (ValueError, RecursionError) as error:
-                raise ProtocolError("not JSON") from error
+                message = parse_json(payload.decode("utf-8", "replace"), 8)
+            except Odd as odd:
+                raise ProtocolError(f"not a message: {odd}") from None
             if not isinstance(message, dict):
                 raise ProtocolError("not a JSON object")
             if self.open:
@@ -765,7 +835,7 @@ class Session:
         self._put(message)
 
     def _put(self, message: JSON) -> None:
-        payload = json.dumps(message, separators=(",", ":")).encode()
+        payload = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
         mac = self._mac(0, payload) if self.open else b""
         self.outgoing += struct.pack(">I", len(payload)) + mac + payload
 
@@ -1123,7 +1193,7 @@ class Torchrun:
         if self.ended_at and (mtime(path) or 0.0) > self.ended_at:
             report = None               # written because we have ended it
         cause = cause_from(0 if self.ended_at and code < 0 else code, report, tail)
-        cause["time"] = min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp)
+        cause["time"] = max(0.0, min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp))
         if self.start_error:
             cause.update(error=self.start_error, own=True)
         oom = self.tree.oom_kills() - self.oom_before
@@ -1142,20 +1212,20 @@ class Torchrun:
         if blocked and explains:
             cause.update(own=True, echo=False, error="; ".join(blocked + ([cause["error"]] if cause["error"] else [])))
         cause["own"] = bool(cause["own"] or self.failed_at)
-        cause["error"] = cause["error"][:2000] if cause["error"] else None
+        cause["error"] = one_line(cause["error"]) if cause["error"] else None
         return cause
 
     def _error_report(self) -> tuple[str, Optional[JSON]]:
         """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
         paths = [self.error_file]
         if self.log_dir:
-            found = []
-            for run in glob.glob(os.path.join(glob.escape(self.log_dir), "*")):
-                if (mtime(run) or 0) >= self.started:
-                    found += glob.glob(os.path.join(glob.escape(run), "**", "error.json"), recursive=True)
-            paths += sorted(found, key=lambda path: mtime(path) or 0)
+            runs = [run.path for run in find(self.log_dir, "*", seconds=1.0) if run.folder and run.modified >= self.started]
+            found = [entry for run in runs[:8] for entry in find(self.log_dir, f"{glob.escape(run)}/**/error.json", seconds=1.0)]
+            paths += [os.path.join(self.log_dir, entry.path) for entry in sorted(found, key=lambda entry: entry.modified)]
         for path in paths:
-            report = read_json(path)
+            report, odd = load(os.path.dirname(path), os.path.basename(path), ERROR_JSON)
+            if odd:
+                say(odd)
             if report:
                 return path, report
         return "", None
@@ -1279,7 +1349,7 @@ def describe(cause: JSON) -> str:
     """A cause as one sentence."""
     who = cause.get("host") or "an unknown node"
     if cause.get("rank") is not None:
-        who += f", rank {cause['rank']} (local rank {cause['local_rank']})"
+        who += f", rank {cause['rank']}" + (f" (local rank {cause['local_rank']})" if cause.get("local_rank") is not None else "")
     reason = str(cause.get("reason"))
     how = None
     if cause.get("signal"):
@@ -1317,7 +1387,7 @@ class Watch(threading.Thread):
         newest = max(found, key=lambda path: (found[path], path)) if found else None
         previous = self.newest
         if newest is not None:
-            self.newest = {"path": newest, "time": found[newest]}
+            self.newest = {"path": printable(newest, 1024), "time": min(max(0.0, found[newest]), LAST_MOMENT)}
         if self.seen is None:
             self.seen = set(found)
             return
@@ -1424,7 +1494,7 @@ def run_checks(checks: list[tuple[str, str]], visible: Optional[str]) -> list[JS
             texts = [check_release(path, wanted)]
         else:
             texts = [check_port(int(value))]
-        problems += [{"check": kind, "text": text[:300]} for text in texts if text]
+        problems += [{"check": kind, "text": one_line(text, 300)} for text in texts if text]
     return problems[:8]
 
 
@@ -1553,7 +1623,7 @@ class Supervisor:
                                  os.path.join(options.state_dir, "errors"), options.log_dir,
                                  lambda: self.post("closing", None))
         self.watch = Watch(options.checkpoint_dir, options.checkpoint_glob) if options.checkpoint_dir else None
-        old = read_json(self.state_file) or {}
+        old = read_known(self.state_file, STATE)
         goes_on = old.get("release") == options.release and old.get("job") == options.job
         generation = int(old.get("generation") or 0) if goes_on else 0
         self.member = Member(options.host, options.nnodes, options.release, limits, generation)
@@ -1565,12 +1635,13 @@ class Supervisor:
                            "checkpoint_hosts": old.get("checkpoint_hosts") or []}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
-            done = read_json(self.done_file)
+            done = read_known(self.done_file, DONE)
+            left = kept.get("restarts_left")
             self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
-                                           kept.get("restarts_left"), (done or {}).get("unacknowledged"),
+                                           None if left is None else min(left, limits.max_restarts), done.get("unacknowledged"),
                                            time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
-            self.coordinator.history = kept.get("history") or []
+            self.coordinator.history = [cause for cause in kept.get("history") or [] if cause]
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
@@ -1590,7 +1661,8 @@ class Supervisor:
         self.since = time.time()
         self.code: Optional[int] = None
         self.quit_by = 0.0
-        self.refused = self.unreached = ""
+        self.odd = self.unreached = self.unwritten = ""
+        self.next_odd = 0.0
         self.next_tick = self.next_state = self.next_blocked = 0.0
         self.state_due = False
 
@@ -1755,7 +1827,7 @@ class Supervisor:
         code = self.torchrun.exit_code() or 0
         cause = self.torchrun.cause() if code else None
         if cause and self.clock:
-            cause["time"] += self.clock[1]      # rank 0's clock
+            cause["time"] = min(max(0.0, cause["time"] + self.clock[1]), LAST_MOMENT)       # rank 0's clock
         self.member.ended(code, cause, now)
         self.last_exit = dict(self.member.exit or {}, time=time.time())
         if code and not (self.member.ordered and not (cause or {}).get("own")):
@@ -1864,14 +1936,34 @@ class Supervisor:
                 if not data:
                     self.drop(link, "connection closed", now)
                     return
-                self.received(link, link.session.feed(data), now)
-            self.flush(link)
+                self.take(link, data, now)
+            if link.sock.fileno() in self.links:
+                self.flush(link)
         except BlockingIOError:
             pass
         except OSError as error:
             self.drop(link, str(error.strerror or error).lower(), now)
-        except (ProtocolError, TypeError, ValueError, KeyError, AttributeError) as error:
+
+    def take(self, link: Link, data: bytes, now: float) -> None:
+        """Bytes of a peer. Whatever they are: they are taken, or the connection is dropped."""
+        try:
+            self.received(link, link.session.feed(data), now)
+        except ProtocolError as error:
+            if link.session.open:
+                self.say_odd(f"a bad message of {self.peer(link)}: {error}", now)
             self.drop(link, f"bad message: {error}", now)
+
+    def peer(self, link: Link) -> str:
+        """Who is at the other end of an authenticated connection."""
+        if self.coordinator and link.session.rank is not None and link.session.rank < self.options.nnodes:
+            return self.coordinator.seats[link.session.rank].name
+        return f"rank {link.session.rank}" if self.coordinator else "rank 0's supervisor"
+
+    def say_odd(self, text: str, now: float) -> None:
+        """Once, and others not too often: who has the secret cannot flood the journal."""
+        if text != self.odd and now >= self.next_odd:
+            self.odd, self.next_odd = text, now + 5.0
+            say(text)
 
     def accept(self, now: float) -> None:
         assert self.listener
@@ -1894,26 +1986,28 @@ class Supervisor:
                 assert rank is not None
                 if not 0 < rank < self.options.nnodes:
                     raise ProtocolError(f"rank {rank} is not expected")
+                message = check_report(message)
                 if not link.number:
-                    if not self.coordinator.admits(rank, message.get("host")):
-                        self.refuse(rank, str(message.get("host"))[:255])
+                    if not self.coordinator.admits(rank, message["host"]):
+                        self.refuse(rank, message["host"])
                     self.numbers += 1
                     link.number = self.numbers
                     for other in list(self.links.values()):
                         if other is not link and other.number and other.session.rank == rank:
                             self.drop(other, "its supervisor started anew", now)
                     self.coordinator.join(rank, link.number, now)
-                self.coordinator.report(rank, link.number, message, now)
-                self.send_order(link, float(message["sent"]))
+                self.coordinator.hear(rank, link.number, message, now)
+                self.send_order(link, message.get("sent"))
             else:
                 self.unreached = ""
+                message = expected(message, ORDER)
                 self.member.receive(message)
                 if "view" in message:
                     self.view = message["view"]
-                if "echo" in message:
+                if "echo" in message and "now" in message:
                     arrived = time.time()
-                    trip = arrived - float(message["echo"])
-                    offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
+                    trip = arrived - message["echo"]
+                    offset = message["now"] - (arrived + message["echo"]) / 2
                     aged = now - self.clock_at > CLOCK_AGES
                     if trip >= 0 and (self.clock is None or aged or trip <= self.clock[0] * 1.5 + 0.001):
                         self.clock, self.clock_at = (trip, offset), now
@@ -1922,9 +2016,6 @@ class Supervisor:
         """Two hosts for one rank: the one that came first stays."""
         assert self.coordinator
         text = f"{host} asks for node rank {rank}, which {self.coordinator.seats[rank].name} has: refused"
-        if text != self.refused:
-            self.refused = text
-            say(text)
         raise ProtocolError(text)
 
     def flush(self, link: Link) -> None:
@@ -1966,7 +2057,7 @@ class Supervisor:
     def exchange_locally(self, now: float) -> None:
         """Rank 0's own member needs no network."""
         if self.coordinator:
-            self.coordinator.report(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
+            self.coordinator.hear(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
             self.member.receive(self.coordinator.order())
 
     def exchange(self, now: float) -> None:
@@ -1996,8 +2087,8 @@ class Supervisor:
     def date_causes(self) -> None:
         """Give a lost node's cause the time at which it was last heard; the coordinator knows no calendar."""
         assert self.coordinator
-        for cause in self.coordinator.history[-2:]:
-            if cause.get("time") is None:
+        for cause in [self.coordinator.first_cause, *self.coordinator.history[-2:]]:
+            if cause and cause.get("time") is None:
                 heard = cause.pop("at", None)
                 cause["time"] = time.time() - (self.coordinator.age(heard, time.monotonic()) if heard else 0.0)
 
@@ -2047,7 +2138,10 @@ class Supervisor:
         try:
             write_json(self.state_file, dict(state, written=time.time()))
         except OSError as error:
-            say(f"cannot write {self.state_file}: {error.strerror}")
+            text = f"cannot write {self.state_file}: {error.strerror}; the job goes on"
+            if text != self.unwritten:
+                self.unwritten = text
+                say(text)
         notify(f"STATUS={state['state']}: {state['text']}")
         cause = state["first_cause"]
         if cause and cause != self.said_cause:
@@ -2133,13 +2227,16 @@ def main(arguments: list[str]) -> int:
         say(f"{options.host}: {error.filename}: {error.strerror}")
         return EXIT_USAGE
     done_file = os.path.join(options.state_dir, "done")
-    done = read_json(done_file)
+    done = read_known(done_file, DONE)
     if done and done.get("release") == options.release and not (options.node_rank == 0 and done.get("unacknowledged")):
         notify("READY=1")
         say(f"job {options.job} has finished already (release {options.release}); remove {done_file} to train anew")
         return EXIT_OK
     if done and done.get("release") != options.release:
-        os.unlink(done_file)
+        try:
+            os.unlink(done_file)
+        except OSError as error:
+            say(f"cannot remove {done_file}, which is of another release: {error.strerror}")
     try:
         return Supervisor(options, limits, secret).run()
     except OSError as error:
