@@ -241,8 +241,10 @@ def questions(variables: t.Mapping[str, t.Any], name: str) -> list[dict[str, str
     wanted += [("torchrun_data_paths", str(path), "read") for path in variables.get("torchrun_data_paths") or []]
     if variables.get("pytorch_source") == "existing" and variables.get("pytorch_environment"):
         wanted.append(("pytorch_environment", posixpath.join(str(variables["pytorch_environment"]), "bin/python3"), "run"))
-    elif variables.get("pytorch_source") in ("wheelhouse", "index"):
-        wanted += [(key, str(variables[key]), "trust") for key in ("pytorch_root", "pytorch_python") if variables.get(key)]
+    # What root runs, or believes, for each source of torch.
+    trusted = {"existing": ("pytorch_root",), "distribution": ("pytorch_python",)}
+    for key in trusted.get(str(variables.get("pytorch_source")), ("pytorch_root", "pytorch_python")):
+        wanted += [(key, str(variables[key]), "trust")] if variables.get(key) else []
     return [
         {"variable": variable, "path": path, "use": use}
         for variable, path, use in wanted

@@ -137,6 +137,10 @@ def as_user(who: Account | None, work: t.Callable[[], t.Any], seconds: float = S
         try:
             os.close(reading)
             os.setsid()
+            # A child that hangs in the kernel must not keep the module's connection open.
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for handle in (0, 1, 2):
+                os.dup2(nothing, handle)
             if who is not None:
                 drop(who)
             data = json.dumps(_attempt(work)).encode()

@@ -199,6 +199,15 @@ def run(module: AnsibleModule, command: t.Sequence[str], who: safe_files.Account
     return returncode, stdout, stderr
 
 
+def told(found: t.Any) -> bool:
+    """Return whether an answer is what PROBE prints; somebody else's Python may print anything."""
+    if not isinstance(found, dict) or set(found) != {"torch", "cuda", "nccl", "architectures"}:
+        return False
+    texts = [found["torch"], found["cuda"], found["nccl"] or ""]
+    names = found["architectures"]
+    return isinstance(names, list) and all(isinstance(text, str) and len(text) < 100 and text.isprintable() for text in [*texts, *names])
+
+
 def versions_of(module: AnsibleModule, python: str, *options: str, who: safe_files.Account | None = None) -> dict[str, t.Any]:
     """Import torch and return its versions; fail with a sentence where that does not work."""
     returncode, stdout, stderr = run(module, [python, *options, "-c", PROBE], who, COMPUTE_SECONDS, {})
@@ -209,7 +218,7 @@ def versions_of(module: AnsibleModule, python: str, *options: str, who: safe_fil
         found = json.loads(stdout)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("torch"), str):
+    if not told(found):
         module.fail_json(msg=f"torch of {python} does not tell its version; repair or remove that environment")
     return found
 
@@ -258,6 +267,7 @@ def runner(module: AnsibleModule) -> safe_files.Account | None:
 
 def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
     """Check an environment that somebody else keeps."""
+    only_roots(module, "root")
     folder = module.params["environment"]
     found = node_facts.torch_version(folder)
     python = os.path.join(folder, "bin/python3")
