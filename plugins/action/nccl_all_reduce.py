@@ -171,10 +171,10 @@ class ActionModule(ActionBase):
         told = {
             "config": {**config, "rank": node["rank"], "python": node["python"], "torchrun": node["torchrun"]},
             "user": user,
-            "properties": [*verification["properties"], f"User={user}", f"Group={user}", f"ReadWritePaths={verify_config.FOLDER}"],
+            "properties": [*verification["properties"], f"User={user}", f"ReadWritePaths={verify_config.RESULTS}"],
             "environment": {
                 **launch.network_environment(node),
-                "HOME": verify_config.FOLDER,
+                "HOME": verify_config.RESULTS,
                 **verification["job"]["environment"],
                 **settings.environment,
             },

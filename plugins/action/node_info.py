@@ -12,7 +12,7 @@ import typing as t
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import connection_errors, node_facts, nvidia
+from ansible_collections.onprem.torch.plugins.module_utils import connection_errors, folder_access, node_facts, nvidia
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
 
 
@@ -78,6 +78,8 @@ class ActionModule(ActionBase):
             "disk_paths": folders,
             "packages": nvidia.package_patterns(self._loader.load_from_file(catalog.MANIFEST)),
             "paths": [*map(str, variables.get("torchrun_data_paths") or []), *remote],
+            "folders": folder_access.questions(variables, str(variables.get("torchrun_job") or "train")),
+            "user": str(variables.get("torchrun_user") or "torchrun"),
             "environments": [str(environment)] if environment else [],
             "environments_root": str(variables.get("pytorch_root") or ""),
             "python": str(variables.get("pytorch_python") or "/usr/bin/python3"),

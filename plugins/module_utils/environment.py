@@ -72,6 +72,8 @@ def differences(environment: str, requirements: t.Sequence[str], python: str) ->
     found = []
     if record.get("requirements") != list(requirements):
         found.append(f"it holds {' '.join(record.get('requirements', []))}")
+    if os.stat(environment).st_mode & 0o005 != 0o005:
+        found.append(f"{environment} was built so that only root can read it (umask)")
     if record.get("python") != python:
         found.append(f"it was made with Python {record.get('python')}, and {python} is there now")
     lost = set(record.get("distributions", [])) - set(distributions(environment))
@@ -100,7 +102,7 @@ def write_atomically(path: str, text: str, mode: int = 0o644) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(partial, mode)
+            os.fchmod(stream.fileno(), mode)
         os.rename(partial, path)
     except BaseException:
         os.unlink(partial)

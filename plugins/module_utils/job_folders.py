@@ -3,57 +3,90 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The folders of a job on a node, and its releases: staged whole, switched by one rename.
 
-    ROOT/releases/ID/source/…, programs of ours, release.json         read-only, root's
-    ROOT/releases/ID/unit, environment     the unit and its EnvironmentFile as this release ran the last time
+    ROOT/releases/ID/source/…, programs of ours, release.json         root's, for root and the job's user to read
+    ROOT/releases/ID/unit, environment     the unit and its EnvironmentFile as this release ran the last time (0600)
     ROOT/releases/history.json             which release was started when, oldest first
     ROOT/current      link to the release that the unit runs
     ROOT/work         working directory; holds a link to each entry of the current source
     ROOT/state, ROOT/cache, CHECKPOINTS, LOGS                         the job user's
+
+ROOT may lie in a folder of a user's, who can give its name to another folder. So root works in ``ROOT`` as it was opened
+(safe_files.pinned), and believes what lies in ``releases`` only where nobody else can have written it. What happens in the job
+user's folders happens as that user (safe_files.as_user).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import json
 import os
 import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, safe_files, source_tree
 
 RECORD = "release.json"
 HISTORY = "history.json"
 # Starts that are remembered.
 STARTS = 50
 SET_ASIDE = "set-aside-"
+# Seconds for what happens in the folders of the job's user, which may lie on a slow network file system.
+SECONDS = 120.0
 
 
-def release_folder(root: str, release: str) -> str:
-    """Return the folder of a release."""
-    return os.path.join(root, "releases", release)
+@contextlib.contextmanager
+def opened_releases(root: str) -> t.Iterator[str]:
+    """Yield a path that leads to a job's releases, in which nobody but root can have written.
+
+    Raises:
+        safe_files.Unsafe: others than root can write there.
+        OSError: there is no such folder.
+    """
+    with safe_files.pinned(root, "releases") as folder:
+        if not safe_files.roots(os.stat(folder)):
+            raise safe_files.Unsafe(f"{root}/releases can be written by others than root")
+        yield folder
 
 
-def staged(root: str, release: str) -> dict[str, t.Any]:
+def staged(root: str, release: str, who: safe_files.Account | None) -> dict[str, t.Any]:
     """Return the record of a release that is whole: its source has the hash that the record tells. Else empty."""
-    folder = release_folder(root, release)
     try:
-        with open(os.path.join(folder, RECORD), encoding="utf-8") as stream:
-            record = json.load(stream)
-    except (OSError, ValueError):
+        with opened_releases(root) as releases:
+            folder = os.path.join(releases, release)
+            record = environment.read_json(os.path.join(folder, RECORD))
+            return record if record and record.get("source_hash") == source_hash(folder, who) else {}
+    except OSError:
         return {}
-    return record if record.get("source_hash") == source_hash(folder) else {}
 
 
-def source_hash(folder: str) -> str:
-    """Return the hash of a release's source; empty where there is none."""
+def source_hash(folder: str, who: safe_files.Account | None) -> str:
+    """Return the hash of a release's source; empty where there is none.
+
+    A source that lies on the nodes is anybody's, so it is read with the rights of the job's user.
+    """
+    source = os.path.join(folder, "source")
     try:
-        return source_tree.tree_hash(source_tree.files(os.path.join(folder, "source")))
-    except (OSError, source_tree.SourceError):
+        if os.path.islink(source):
+            remote = os.readlink(source)
+            return str(safe_files.as_user(who, lambda: source_tree.tree_hash(source_tree.files(remote)), SECONDS))
+        return source_tree.tree_hash(source_tree.files(source))
+    except (OSError, RuntimeError, source_tree.SourceError):
         return ""
 
 
-def stage(root: str, release: str, archive: str, remote: str, programs: t.Mapping[str, str], expected: str) -> None:
-    """Put a release into its folder, whole or not at all.
+def stage(
+    root: str,
+    release: str,
+    archive: str,
+    remote: str,
+    programs: t.Mapping[str, str],
+    expected: str,
+    who: safe_files.Account,
+) -> None:
+    """Put a release into its folder, whole or not at all, for root and the job's user to read.
 
     Args:
         root: the job's folder.
@@ -62,54 +95,84 @@ def stage(root: str, release: str, archive: str, remote: str, programs: t.Mappin
         remote: path of such a source.
         programs: name and text of each file that lies beside the source.
         expected: hash that the source must have; empty for a source that lies on the nodes.
+        who: the job's user.
 
     Raises:
-        source_tree.SourceError: what was unpacked is not what was packed.
+        source_tree.SourceError: what was unpacked is not what was packed, or the user cannot read a source on the node.
     """
-    folder = release_folder(root, release)
-    partial = f"{folder}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    source = os.path.join(partial, "source")
-    if archive:
-        os.makedirs(source)
-        source_tree.unpack(archive, source)
-    else:
-        os.symlink(remote, source)
-    for name, text in programs.items():
-        environment.write_atomically(os.path.join(partial, name), text)
-    found = source_hash(partial)
-    if not found or (expected and found != expected):
-        raise source_tree.SourceError(f"the source has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")
-    environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
-    os.sync()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    with opened_releases(root) as releases:
+        folder = os.path.join(releases, release)
+        partial = f"{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        os.mkdir(partial, 0o700)
+        source = os.path.join(partial, "source")
+        if archive:
+            os.mkdir(source)
+            source_tree.unpack(archive, source)
+        else:
+            os.symlink(remote, source)
+        for name, text in programs.items():
+            environment.write_atomically(os.path.join(partial, name), text)
+        found = source_hash(partial, who)
+        if not found or (expected and found != expected):
+            where = f"{remote}, as {who.name} reads it, " if remote else "the source "
+            raise source_tree.SourceError(f"{where}has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")
+        environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
+        shield(partial, who)
+        os.sync()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+
+
+def shield(folder: str, who: safe_files.Account) -> bool:
+    """Let only root and the job's user into a release, which may hold a project's secrets; return whether that was news."""
+    found = os.stat(folder)
+    if (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, who.gid, 0o750):
+        return False
+    os.chown(folder, 0, who.gid)
+    os.chmod(folder, 0o750)
+    return True
+
+
+def shield_all(root: str, who: safe_files.Account, look: bool) -> bool:
+    """Do so with the releases that earlier versions have staged, or another user has run; return whether there were some."""
+    try:
+        with opened_releases(root) as releases:
+            folders = [entry.path for entry in os.scandir(releases) if entry.is_dir(follow_symlinks=False)]
+            open_ones = [path for path in folders if (os.stat(path).st_gid, os.stat(path).st_mode & 0o7777) != (who.gid, 0o750)]
+            if not look:
+                for path in open_ones:
+                    shield(path, who)
+            return bool(open_ones)
+    except FileNotFoundError:
+        return False
 
 
 def current(root: str) -> str:
     """Return the id of the release that the unit runs, or an empty string."""
     try:
-        return os.path.basename(os.readlink(os.path.join(root, "current")))
+        with safe_files.pinned(root) as job:
+            return os.path.basename(os.readlink(os.path.join(job, "current")))
     except OSError:
         return ""
 
 
-def switch(root: str, release: str) -> None:
+def switch(root: str, release: str, who: safe_files.Account) -> None:
     """Make a staged release the current one and link its entries into the working directory."""
-    link = os.path.join(root, "current")
-    partial = f"{link}.partial"
-    if os.path.lexists(partial):
-        os.unlink(partial)
-    os.symlink(os.path.join("releases", release), partial)
-    os.rename(partial, link)
-    link_entries(root)
+    with safe_files.pinned(root) as job:
+        link = os.path.join(job, "current")
+        partial = f"{link}.partial"
+        if os.path.lexists(partial):
+            os.unlink(partial)
+        os.symlink(os.path.join("releases", release), partial)
+        os.rename(partial, link)
+    safe_files.as_user(who, lambda: link_entries(root), SECONDS)
 
 
 def link_entries(root: str) -> None:
     """Give the working directory a link to each entry of the current source, so that relative paths find them.
 
-    Files that the job itself wrote there are left alone.
+    Files that the job itself wrote there are left alone. Runs as the job's user.
     """
     work = os.path.join(root, "work")
     source = os.path.join(root, "current", "source")
@@ -125,38 +188,39 @@ def link_entries(root: str) -> None:
 
 def prune(root: str, keep: t.Collection[str], count: int) -> None:
     """Remove the oldest releases beyond ``count``, never one of ``keep``."""
-    folder = os.path.join(root, "releases")
-    releases = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
-    releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
-    for name in releases[count:]:
-        if name not in keep:
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    with opened_releases(root) as folder:
+        releases = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+        releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
+        for name in releases[count:]:
+            if name not in keep:
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
 
 
 def keep_run(root: str, release: str, unit: str, environment_text: str) -> None:
     """Keep beside a release the unit and environment that it runs with, for a roll-back."""
-    folder = release_folder(root, release)
-    environment.write_atomically(os.path.join(folder, "unit"), unit)
-    environment.write_atomically(os.path.join(folder, "environment"), environment_text, 0o600)
+    with opened_releases(root) as releases:
+        folder = os.path.join(releases, release)
+        environment.write_atomically(os.path.join(folder, "unit"), unit, 0o600)
+        environment.write_atomically(os.path.join(folder, "environment"), environment_text, 0o600)
 
 
 def kept_run(root: str, release: str) -> tuple[str, str] | None:
     """Return unit and environment of a release that ran before, None where they are gone."""
     try:
-        texts = []
-        for name in ("unit", "environment"):
-            with open(os.path.join(release_folder(root, release), name), encoding="utf-8") as stream:
-                texts.append(stream.read())
+        with opened_releases(root) as releases:
+            folder = os.path.join(releases, release)
+            # Root runs this unit, so it has to be one that root wrote.
+            unit, variables = (safe_files.read_text(os.path.join(folder, name), only_roots=True) for name in ("unit", "environment"))
     except OSError:
         return None
-    return texts[0], texts[1]
+    return unit, variables
 
 
 def history(root: str) -> list[dict[str, t.Any]]:
     """Return the starts, oldest first: C(release), C(time), C(back) (whether by a roll-back), C(kept) (can be gone back to)."""
     try:
-        with open(os.path.join(root, "releases", HISTORY), encoding="utf-8") as stream:
-            starts = json.load(stream)
+        with opened_releases(root) as releases:
+            starts = json.loads(safe_files.read_text(os.path.join(releases, HISTORY), only_roots=True))
     except (OSError, ValueError):
         return []
     return [{**start, "kept": kept_run(root, start["release"]) is not None} for start in starts]
@@ -168,7 +232,8 @@ def remember_start(root: str, release: str, back: bool) -> None:
     if starts and starts[-1]["release"] == release:
         return
     starts.append({"release": release, "time": time.time(), "back": back})
-    environment.write_atomically(os.path.join(root, "releases", HISTORY), json.dumps(starts[-STARTS:]) + "\n")
+    with opened_releases(root) as releases:
+        environment.write_atomically(os.path.join(releases, HISTORY), json.dumps(starts[-STARTS:]) + "\n")
 
 
 def previous(starts: t.Sequence[t.Mapping[str, t.Any]]) -> str:
@@ -180,30 +245,84 @@ def previous(starts: t.Sequence[t.Mapping[str, t.Any]]) -> str:
     return next((start["release"] for start in reversed(starts[: forward[-1]]) if start["release"] != newest), "")
 
 
-def checkpoints(folder: str) -> list[str]:
-    """Return the names in the checkpoint folder that belong to the run, not to earlier ones."""
+def checkpoints(folder: str, pattern: str) -> list[str]:
+    """Return what in the checkpoint folder matches the pattern, relative to it, and belongs to no run that was set aside.
+
+    Links that lead out of the folder are not followed. Runs as the job's user.
+    """
     if not folder or not os.path.isdir(folder):
         return []
-    return sorted(name for name in os.listdir(folder) if not name.startswith(SET_ASIDE))
+    inside = os.path.realpath(folder)
+    found = []
+    for path in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True):
+        name = os.path.relpath(path, folder)
+        parent = os.path.realpath(os.path.dirname(path.rstrip("/")))
+        if name.startswith((os.curdir, os.pardir)) or name.startswith(SET_ASIDE) or os.path.commonpath([parent, inside]) != inside:
+            continue
+        found.append(name)
+    return sorted(set(found))
 
 
-def set_aside(folder: str, names: t.Sequence[str]) -> None:
-    """Move names of the checkpoint folder into a folder of their own inside it, so that a mount point works too.
+def set_aside(folder: str, pattern: str) -> int:
+    """Move the checkpoints into a new folder inside theirs, so that a mount point works too; return how many were moved.
 
-    The folder may be shared: a name that another node has moved already is no error.
+    The folder may be shared: a name that another node has moved already is no error. Nothing is ever overwritten, since the
+    folder for them is made anew, whoever took its name before. Runs as the job's user.
     """
+    names = checkpoints(folder, pattern)
     if not names:
-        return
-    target = os.path.join(folder, SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
-    os.makedirs(target, exist_ok=True)
+        return 0
+    target = new_folder(os.path.join(folder, SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
+    moved = 0
     for name in names:
         try:
+            os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
             os.rename(os.path.join(folder, name), os.path.join(target, name))
-        except FileNotFoundError:
+            moved += 1
+        except OSError as error:
+            # Gone with a folder above it, or moved by another node.
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+    if not moved:
+        shutil.rmtree(target, ignore_errors=True)
+    return moved
+
+
+def new_folder(path: str) -> str:
+    """Make a folder that was not there, under this name or the next free one, and return it."""
+    for number in range(1000):
+        name = f"{path}-{number}" if number else path
+        try:
+            os.mkdir(name, 0o755)
+            return name
+        except FileExistsError:  # another node's, or something that a job has put there
             continue
+    raise FileExistsError(errno.EEXIST, "every name for the set-aside checkpoints is taken", path)
+
+
+def end_marks(root: str) -> list[str]:
+    """Return the files with which the job's supervisor tells that it has run."""
+    return [path for path in (os.path.join(root, "state", name) for name in ("done", "state.json")) if os.path.lexists(path)]
+
+
+def forget(root: str) -> None:
+    """Remove them. Runs as the job's user."""
+    for path in end_marks(root):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def finished(root: str, release: str) -> bool:
     """Return whether the supervisor has marked this release as done."""
     done, _odd = hostile_input.load(root, "state/done", hostile_input.Fields({"release": hostile_input.Text(255)}, required=("release",)))
     return bool(done and done["release"] == release)
+
+
+def remove(root: str, name: str) -> None:
+    """Remove an entry of the job's folder with all that is in it; links are removed, never followed."""
+    with safe_files.pinned(root) as job:
+        path = os.path.join(job, name)
+        if os.path.islink(path) or not os.path.isdir(path):
+            os.unlink(path)
+        else:
+            shutil.rmtree(path)  # works with descriptors, so that a swapped folder is noticed

@@ -15,6 +15,8 @@ AGAIN_EXIT_CODE = 75
 MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
+# Roots that are the product's own by their names, so that their modes are put right.
+OWN_ROOTS = ("/var/lib/torchrun", "/var/log/torchrun", "/opt/onprem.torch")
 # Stands in for torch.distributed.run where torch may have been built without libuv; it finds that out when it starts.
 WITHOUT_LIBUV = "torchrun_without_libuv.py"
 # What every process of a job lives under (systemd.exec(5)), and what a measurement for the job must live under too.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import folder_access
 from ansible_collections.onprem.torch.plugins.module_utils.network import Endpoint
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 from ansible_collections.onprem.torch.plugins.module_utils.room import Need
@@ -106,6 +107,11 @@ def paths(host: Host) -> list[Problem]:
             text = f"{variable} names {path}, which does not exist on this node"
             problems.append(Problem(host.name, variable, text, "mount or create it, or correct the path"))
     return problems
+
+
+def folders(host: Host) -> list[Problem]:
+    """The job's user can use the folders that the variables name."""
+    return folder_access.problems(host.name, host.node.get("access") or [])
 
 
 def devices(host: Host) -> list[Problem]:
@@ -249,7 +255,7 @@ def check_all(hosts: t.Sequence[Host], chosen: t.Mapping[str, Endpoint], job: st
     problems: list[Problem] = []
     readable = [host for host in hosts if host.node]
     for host in readable:
-        for check in (supported, python, clock, paths, devices):
+        for check in (supported, python, clock, paths, folders, devices):
             problems += check(host)
         problems += other_jobs(host, job)
     if readable:

@@ -19,7 +19,7 @@ import struct
 import subprocess
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, safe_files, supervisor_state
 
 TCP_LISTEN = "0A"  # net/tcp_states.h: TCP_LISTEN = 10
 
@@ -138,11 +138,19 @@ def file_system(path: str, root: str = "/") -> int:
     return os.stat(nearest_folder(path, root)).st_dev
 
 
+def version_text(path: str) -> str:
+    """Return the text of a file of somebody's environment, empty where there is no such regular file of a sane size."""
+    try:
+        return safe_files.read_text(path, 1 << 20, links=True)
+    except OSError:
+        return ""
+
+
 def torch_version(environment: str, root: str = "/") -> str:
     """Return the version of the torch that lies in an environment (or the distribution's), unimported."""
     pattern = os.path.join(root, environment.lstrip("/"), "lib/python3*/*-packages/torch/version.py")
     for path in sorted(glob.glob(pattern)):
-        match = re.search(r"""^__version__\s*=\s*['"]([^'"]+)""", read_text(path), re.M)
+        match = re.search(r"""^__version__\s*=\s*['"]([^'"]+)""", version_text(path), re.M)
         if match:
             return match.group(1)
     return ""
@@ -154,7 +162,7 @@ def torch_build(environment: str, root: str = "/") -> dict[str, str]:
     NCCL's is that of NVIDIA's wheel beside it; a torch with an NCCL of its own inside does not tell.
     """
     folder = os.path.join(root, environment.lstrip("/"), "lib/python3*/*-packages")
-    texts = [read_text(path) for path in sorted(glob.glob(os.path.join(folder, "torch/version.py")))]
+    texts = [version_text(path) for path in sorted(glob.glob(os.path.join(folder, "torch/version.py")))]
     cuda = next(iter(re.findall(r"""^cuda\b[^=]*=\s*['"]([\d.]+)""", "\n".join(texts[:1]), re.M)), "")
     wheels = glob.glob(os.path.join(folder, "nvidia_nccl_cu*.dist-info"))
     nccl = [match.group(1) for match in (re.search(r"nvidia_nccl_cu\d+-([\d.]+)\.dist-info", path) for path in wheels) if match]

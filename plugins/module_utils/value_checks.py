@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import folder_access
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 from ansible_collections.onprem.torch.plugins.module_utils.variables import shown
 
@@ -17,6 +18,8 @@ USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # PEP 440 without epochs; a local part such as +cu130 may follow.
 VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.(post|dev)\d+)*(\+[A-Za-z0-9.]+)?")
+# Folders that a job, or root for it, writes to. The other paths may well be the system's.
+WRITTEN = ("torchrun_root", "torchrun_log_root", "torchrun_checkpoint_dir", "torchrun_data_paths", "pytorch_root")
 FOLDERS = ("torchrun_root", "torchrun_log_root", "torchrun_checkpoint_dir", "pytorch_root", "pytorch_environment", "pytorch_python")
 # The smallest value of each number. Ports and ranks have checks of their own.
 SMALLEST = {
@@ -42,6 +45,8 @@ def names(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
         value = variables.get(variable)
         if value is not None and not pattern.fullmatch(value):
             yield variable, f"{variable} is {shown(value)}, but {text}", "choose another name"
+    if variables.get("torchrun_user") == "root":
+        yield "torchrun_user", "torchrun_user is 'root', but a user without root's rights was expected", "name another user; it is made where it is missing"
     version = variables.get("pytorch_version")
     if version and not VERSION.fullmatch(version):
         yield "pytorch_version", f"pytorch_version is {shown(version)}, but a version was expected", "write one such as 2.13.0"
@@ -66,6 +71,12 @@ def paths(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
             yield variable, f"{variable} names {shown(path)}, but an absolute path was expected", "begin it with /"
         elif variable in ("torchrun_data_paths", "torchrun_source") and not path:
             yield variable, f"{variable} names an empty path, but an absolute path was expected", "begin it with /"
+        elif path and variable in WRITTEN:
+            forbidden = folder_access.forbidden(variable, path)
+            follows = variable == "torchrun_checkpoint_dir" and str(path).startswith(root.rstrip("/") + "/")
+            # What follows from a root that is named already is not told again.
+            if forbidden and not (follows and folder_access.forbidden("torchrun_root", root)):
+                yield (variable, *forbidden)
 
 
 def numbers(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:

@@ -17,7 +17,9 @@ from ansible_collections.onprem.torch.plugins.module_utils.problems import Probl
 
 PREFIX = "nccl_verify_"
 UNIT = "nccl-verify.service"
+# Root's, with the programs; only the folder for the results belongs to the job's user.
 FOLDER = "/run/nccl-verify"
+RESULTS = f"{FOLDER}/result"
 BACKENDS = ("auto", "nccl", "gloo")
 PAIRWISE = ("auto", "always", "never")
 # Ports that every node tries to listen on, one after the other, in the kernel's ephemeral range.

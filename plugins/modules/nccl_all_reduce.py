@@ -263,15 +263,16 @@ files:
 
 import json
 import os
-import pwd
 import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import node_facts, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import node_facts, safe_files, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
+# Bytes of a result, which comes from programs that run as the job's user.
+RESULT_LIMIT = 64 << 20
 
 
 class Verification:
@@ -295,10 +296,8 @@ class Verification:
         """Write the programs and return what can be said before anything starts."""
         problems = []
         user, python = self.launch["user"], self.launch["python"]
-        try:
-            account = pwd.getpwnam(user)
-        except KeyError:
-            account = None
+        who = safe_files.account(user)
+        if who is None:
             problems.append(f"there is no user {user}, which the job runs as; provision the nodes first (playbooks/provision.yml)")
         if not os.path.exists(python):
             problems.append(f"there is no {python}; provision the nodes first (playbooks/provision.yml) or correct pytorch_environment")
@@ -308,29 +307,37 @@ class Verification:
                 problems.append(f"{python} has no torch; provision the nodes first or correct pytorch_environment")
             elif self.launch["backend"] == "nccl" and "+cpu" in version:
                 problems.append(f"torch {version} has no NCCL, but nccl_verify_backend is nccl; install a torch for CUDA or set gloo")
-        if not problems and account:
-            self.write_programs(account)
+        if not problems and who:
+            self.write_programs(who)
         return {"problems": problems, "ephemeral_ports": node_facts.ephemeral_ports()}
 
-    def write_programs(self, account: pwd.struct_passwd) -> None:
-        """Put the programs into a fresh folder; what an interrupted verification left is ended and removed."""
+    def write_programs(self, who: safe_files.Account) -> None:
+        """Put the programs into a fresh folder of root's; what an interrupted verification left is ended and removed.
+
+        Only the folder below it, for the results, belongs to the job's user.
+        """
         if self.state() in ("active", "activating", "deactivating"):
             self.systemctl("stop")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.makedirs(self.folder, mode=0o700)
+        self.remove()
+        os.mkdir(self.folder, 0o755)
         for name, text in self.module.params["programs"].items():
-            with open(os.path.join(self.folder, name), "w", encoding="utf-8") as stream:
-                stream.write(text)
-        for path in (self.folder, *(os.path.join(self.folder, name) for name in self.module.params["programs"])):
-            os.chown(path, account.pw_uid, account.pw_gid)
+            safe_files.write_new(os.path.join(self.folder, name), text, 0o644)
+        safe_files.make_folder(verify_config.RESULTS, who)
+
+    def remove(self) -> None:
+        """Remove the folder, which lies in a folder of root's."""
+        if os.path.islink(self.folder):
+            os.unlink(self.folder)
+        elif os.path.isdir(self.folder):
+            shutil.rmtree(self.folder)
 
     def started(self) -> dict[str, object]:
         """Start the transient unit; it waits for the other nodes by itself."""
-        path = os.path.join(self.folder, "config.json")
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            json.dump(self.launch["config"], stream)
-        account = pwd.getpwnam(self.launch["user"])
-        os.chown(path, account.pw_uid, account.pw_gid)
+        who = safe_files.account(self.launch["user"])
+        if who is None:
+            self.module.fail_json(msg=f"there is no user {self.launch['user']} any more; provision the nodes again (playbooks/provision.yml)")
+        # The token in it is for the job's user alone.
+        safe_files.write_new(os.path.join(self.folder, "config.json"), json.dumps(self.launch["config"]), 0o640, who.gid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
         words += [f"--property={line}" for line in self.launch["properties"]]
         words += [f"--setenv={name}={value}" for name, value in self.launch["environment"].items()]
@@ -349,15 +356,23 @@ class Verification:
                 self.systemctl("stop")  # RuntimeMaxSec should have done so
                 break
             time.sleep(POLL_SECONDS)
-        text = node_facts.read_text(os.path.join(self.folder, "result.json"))
-        result = json.loads(text) if text else {}
+        result = self.result()
         journal = ""
         if not result:
             _returncode, journal, _stderr = self.module.run_command(
                 ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=30", f"--unit={verify_config.UNIT}"]
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.remove()
         return {"result": result, "journal": journal[-4000:]}
+
+    def result(self) -> dict[str, object]:
+        """Return what the programs have written as the job's user; empty where it is no JSON object in a regular file."""
+        try:
+            with safe_files.pinned(self.folder, os.path.basename(verify_config.RESULTS)) as folder:
+                found = json.loads(safe_files.read_text(os.path.join(folder, "result.json"), RESULT_LIMIT))
+        except (OSError, ValueError, RecursionError, safe_files.Unsafe):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 def main() -> None:
@@ -405,7 +420,12 @@ def main() -> None:
         module.fail_json(msg=f"state {state} runs on the control node; call the module from a play, not alone")
     if module.check_mode:
         module.exit_json(changed=False, skipped=True)
-    module.exit_json(changed=False, **getattr(Verification(module), state)())
+    os.umask(0o022)  # a node's own may hide the programs from the job's user
+    try:
+        found = getattr(Verification(module), state)()
+    except (OSError, safe_files.Unsafe) as error:
+        module.fail_json(msg=f"{verify_config.FOLDER} cannot be used ({error}); remove it and verify again")
+    module.exit_json(changed=False, **found)
 
 
 if __name__ == "__main__":

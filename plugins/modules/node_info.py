@@ -25,6 +25,17 @@ options:
     type: list
     elements: str
     default: []
+  folders:
+    description:
+      - What the job's user is to be able to do where, each with C(variable), C(path) and C(use), which is V(write), V(own), V(read),
+        V(run) or V(trust). It is tried with that user's rights; a file that is made for it is removed at once.
+    type: list
+    elements: dict
+    default: []
+  user:
+    description: Name of the job's user. Programs of others run with its rights, or as nobody where it is yet to be made.
+    type: str
+    default: torchrun
   environments:
     description: Python environments whose torch version is read without importing torch.
     type: list
@@ -134,6 +145,12 @@ node:
     paths:
       description: Whether each path exists.
       type: dict
+    access:
+      description: >-
+        What was found of each of O(folders), with C(error) where the job's user cannot use it, C(real), C(home), C(changer),
+        C(owner), C(mode), C(missing) and C(exists) (whether the user does).
+      type: list
+      elements: dict
     torch:
       description: Version of torch by environment; empty where there is none.
       type: dict
@@ -194,9 +211,33 @@ import os
 import platform
 import socket
 import time
+import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, hostile_input, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, folder_access, hardware, hostile_input, node_facts, safe_files
+
+
+# Files of the job's or a user's, which are read with the rights of the job's user, or of root where it is yet to be made.
+def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any) -> t.Any:
+    """Return what was found in a folder that may hang or mislead, a default where no answer comes."""
+    try:
+        return safe_files.as_user(who, work)
+    except (OSError, RuntimeError):
+        return default
+
+
+def answers(question: t.Callable[[str], t.Any], paths: t.Sequence[str]) -> dict[str, t.Any]:
+    """Return the answer for each path; none for one whose file system does not answer in time."""
+    found = {path: looked(None, lambda path=path: question(path), None) for path in paths}
+    return {path: answer for path, answer in found.items() if answer is not None}
+
+
+def python_version(python: str, who: safe_files.Account | None) -> str:
+    """Return the version of the Python for torch, run with the rights of the job's user, or of nobody."""
+    runner = who or safe_files.Account("nobody", safe_files.NOBODY, safe_files.NOBODY, ())
+    command = [python, "-I", "-S", "-c", "import platform; print(platform.python_version())"]
+    status, output, _errors = safe_files.run_as(runner, command, 20)
+    return output.strip()[:40] if status == 0 else ""
 
 
 def main() -> None:
@@ -204,6 +245,8 @@ def main() -> None:
         argument_spec={
             "disk_paths": {"type": "list", "elements": "str", "default": []},
             "paths": {"type": "list", "elements": "str", "default": []},
+            "folders": {"type": "list", "elements": "dict", "default": []},
+            "user": {"type": "str", "default": "torchrun"},
             "environments": {"type": "list", "elements": "str", "default": []},
             "environments_root": {"type": "str", "default": ""},
             "job_root": {"type": "str", "default": ""},
@@ -219,6 +262,9 @@ def main() -> None:
     if returncode != 0:
         module.fail_json(msg=f"the command ip (package iproute2) is needed to read the addresses: {stderr.strip()}")
     python = module.params["python"]
+    params = module.params
+    who = safe_files.account(params["user"])
+    reader = who if who is None or who.uid else None
     environments = [*module.params["environments"], *node_facts.environments(module.params["environments_root"])]
     name = socket.gethostname()
     node = {
@@ -233,23 +279,24 @@ def main() -> None:
         "uid": os.geteuid(),
         "python": {
             "path": python,
-            "version": node_facts.python_version(python) if os.path.exists(python) else "",
+            "version": python_version(python, reader),
         },
         "interfaces": node_facts.parse_addresses(json.loads(links)),
         "ephemeral_ports": node_facts.ephemeral_ports(),
         "listening": node_facts.listening(),
         "firewalls": node_facts.firewalls(),
-        "disk": {path: node_facts.free_bytes(path) for path in module.params["disk_paths"]},
-        "file_systems": {path: node_facts.file_system(path) for path in module.params["disk_paths"]},
-        "paths": {path: os.path.exists(path) for path in module.params["paths"]},
-        "torch": {path: node_facts.torch_version(path) for path in environments},
-        "torch_builds": {path: node_facts.torch_build(path) for path in environments},
+        "disk": answers(node_facts.free_bytes, params["disk_paths"]),
+        "file_systems": answers(node_facts.file_system, params["disk_paths"]),
+        "paths": answers(os.path.exists, params["paths"]),
+        "access": [folder_access.look(user=params["user"], **entry) for entry in params["folders"]],
+        "torch": {path: looked(None, lambda path=path: node_facts.torch_version(path), "") for path in environments},
+        "torch_builds": {path: looked(None, lambda path=path: node_facts.torch_build(path), {"cuda": "", "nccl": ""}) for path in environments},
         "packages": apt_state.chosen(apt_state.parse_status(node_facts.read_text(apt_state.STATUS)), module.params["packages"]),
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
         "secret_ids": node_facts.secret_ids(),
-        "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
-        **node_facts.job_state(module.params["job_root"]),
+        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}),
+        **node_facts.job_state(params["job_root"]),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

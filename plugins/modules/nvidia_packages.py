@@ -296,6 +296,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    os.umask(0o022)  # apt reads keys and sources as a user of its own
     bring(Run(module))
 
 

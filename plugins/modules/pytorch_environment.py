@@ -41,6 +41,15 @@ options:
     description: Folder on the node for wheels, cache and uv.
     type: path
     default: /opt/onprem.torch
+  user:
+    description:
+      - The job's user, with whose rights an environment of somebody else's (O(source=existing)) is tried. Made where it is missing.
+    type: str
+    default: torchrun
+  home:
+    description: Home of that user where it is made.
+    type: path
+    default: /var/lib/torchrun/train
   index_url:
     description: Index to install from with O(source=index), or to download from with O(source=wheelhouse).
     type: str
@@ -141,7 +150,17 @@ import shutil
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, launch, node_facts, node_lock, torch_fit
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    environment,
+    folder_access,
+    hardware,
+    job_user,
+    launch,
+    node_facts,
+    node_lock,
+    safe_files,
+    torch_fit,
+)
 
 # Time that what a killed run has left behind may take to end, in seconds.
 WAIT = 600
@@ -171,13 +190,37 @@ print(torch.cuda.device_count())
 """
 
 
-def versions_of(module: AnsibleModule, python: str, *options: str) -> dict[str, t.Any]:
+def run(module: AnsibleModule, command: t.Sequence[str], who: safe_files.Account | None, seconds: float, shown: t.Mapping[str, str]) -> tuple[int, str, str]:
+    """Run an environment's Python: root's own as root, somebody else's with the rights of the job's user."""
+    if who is not None:
+        return safe_files.run_as(who, command, seconds, shown)
+    limited = ["timeout", "--kill-after=10", str(seconds), *command]
+    returncode, stdout, stderr = module.run_command(limited, environ_update=dict(shown))
+    return returncode, stdout, stderr
+
+
+def told(found: t.Any) -> bool:
+    """Return whether an answer is what PROBE prints; somebody else's Python may print anything."""
+    if not isinstance(found, dict) or set(found) != {"torch", "cuda", "nccl", "architectures"}:
+        return False
+    texts = [found["torch"], found["cuda"], found["nccl"] or ""]
+    names = found["architectures"]
+    return isinstance(names, list) and all(isinstance(text, str) and len(text) < 100 and text.isprintable() for text in [*texts, *names])
+
+
+def versions_of(module: AnsibleModule, python: str, *options: str, who: safe_files.Account | None = None) -> dict[str, t.Any]:
     """Import torch and return its versions; fail with a sentence where that does not work."""
-    returncode, stdout, stderr = module.run_command([python, *options, "-c", PROBE])
+    returncode, stdout, stderr = run(module, [python, *options, "-c", PROBE], who, COMPUTE_SECONDS, {})
     if returncode != 0:
         reason = stderr.strip().splitlines()[-1] if stderr.strip() else f"exit status {returncode}"
         module.fail_json(msg=f"torch cannot be imported by {python}: {reason}; repair or remove that environment")
-    return json.loads(stdout)
+    try:
+        found = json.loads(stdout)
+    except (ValueError, RecursionError):
+        found = None
+    if not told(found):
+        module.fail_json(msg=f"torch of {python} does not tell its version; repair or remove that environment")
+    return found
 
 
 def check_version(module: AnsibleModule, found: str, where: str) -> None:
@@ -189,7 +232,9 @@ def check_version(module: AnsibleModule, found: str, where: str) -> None:
         )
 
 
-def check_fit(module: AnsibleModule, versions: dict[str, t.Any], python: str, compute: bool) -> None:
+def check_fit(
+    module: AnsibleModule, versions: dict[str, t.Any], python: str, compute: bool, who: safe_files.Account | None = None
+) -> None:
     """Fail where torch does not fit the node's GPUs or driver; with ``compute`` every GPU computes something."""
     params = module.params
     driver = hardware.driver()["loaded"]
@@ -200,8 +245,7 @@ def check_fit(module: AnsibleModule, versions: dict[str, t.Any], python: str, co
     if not compute or not driver or not params["gpus"]:
         return
     shown = launch.visible_devices(params["devices"])
-    command = ["timeout", "--kill-after=10", str(COMPUTE_SECONDS), python, "-c", COMPUTE]
-    returncode, _stdout, stderr = module.run_command(command, environ_update=shown)
+    returncode, _stdout, stderr = run(module, [python, "-c", COMPUTE], who, COMPUTE_SECONDS, shown)
     if returncode in (124, 137):
         text = f"torch {versions['torch']} has computed nothing on this node's GPUs within {COMPUTE_SECONDS} s"
         module.fail_json(msg=f"{text}; look at nvidia-smi and dmesg")
@@ -210,8 +254,20 @@ def check_fit(module: AnsibleModule, versions: dict[str, t.Any], python: str, co
         module.fail_json(msg=f"torch {versions['torch']} cannot compute on this node's GPUs ({reason}); look at nvidia-smi and dmesg")
 
 
+def runner(module: AnsibleModule) -> safe_files.Account | None:
+    """Return the job's user, with whose rights somebody else's environment runs; it is made where it is missing."""
+    name = module.params["user"]
+    who = safe_files.account(name)
+    if who is None and not module.check_mode:
+        who = job_user.make(module, name, module.params["home"])
+    if who is not None and who.uid == 0:
+        module.fail_json(msg=f"torchrun_user is {name}, who has root's rights; name another user")
+    return who
+
+
 def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
     """Check an environment that somebody else keeps."""
+    only_roots(module, "root")
     folder = module.params["environment"]
     found = node_facts.torch_version(folder)
     python = os.path.join(folder, "bin/python3")
@@ -219,22 +275,38 @@ def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
         module.fail_json(msg=f"{folder} is no Python environment with torch; correct pytorch_environment")
     check_version(module, found, folder)
     versions: dict[str, t.Any] = {"torch": found, **node_facts.torch_build(folder)}
+    changed = False
     if module.params["gpus"]:
         # Importing takes seconds, so it is done once for each torch, Python and driver. No byte code is left behind.
         record = environment.existing_record(module.params["root"], folder)
         stamp = environment.existing_stamp(folder, hardware.driver()["loaded"])
         known = environment.read_json(record)
         asked = known.get("stamp") != stamp
-        versions = versions_of(module, python, "-B") if asked else known["versions"]
-        check_fit(module, versions, python, compute=asked)
+        changed = asked and safe_files.account(module.params["user"]) is None
+        who = runner(module) if asked else None
+        if asked and who is None:  # in check mode, before the job's user exists
+            return {"changed": True, "environment": folder, "python": python, "versions": versions}
+        versions = versions_of(module, python, "-B", who=who) if asked else known["versions"]
+        check_fit(module, versions, python, compute=asked, who=who)
         if asked and not module.check_mode:
-            os.makedirs(os.path.dirname(record), mode=0o755, exist_ok=True)
+            safe_files.make_folder(module.params["root"], None, mend=module.params["root"] in launch.OWN_ROOTS)
+            safe_files.make_folder(os.path.dirname(record), None)
             environment.write_atomically(record, json.dumps({"stamp": stamp, "versions": versions}, sort_keys=True) + "\n")
-    return {"changed": False, "environment": folder, "python": python, "versions": versions}
+    return {"changed": changed, "environment": folder, "python": python, "versions": versions}
+
+
+def only_roots(module: AnsibleModule, *names: str) -> None:
+    """Fail where others than root can change what root is about to run."""
+    for name in names:
+        who = folder_access.changer(module.params[name])
+        if who:
+            text = f"pytorch_{name} is {module.params[name]}, but {who} can be changed by others than root, who runs programs from there"
+            module.fail_json(msg=f"{text}; name a path that only root can write")
 
 
 def provide_distribution(module: AnsibleModule) -> dict[str, t.Any]:
     """Install the distribution's packages with apt."""
+    only_roots(module, "python")
     python = module.params["python"]
     packages = module.params["requirements"]
     returncode, stdout, _stderr = module.run_command(["dpkg-query", "-W", "-f=${Package} ${db:Status-Abbrev}\n", *packages])
@@ -301,9 +373,22 @@ def build(module: AnsibleModule, folder: str, python_version: str, lock: int) ->
     environment.write_record(folder, params["requirements"], python_version, versions)
 
 
+def own_folders(root: str) -> None:
+    """The folders that root builds in exist, and are root's for everybody to read, whatever an earlier umask was."""
+    safe_files.make_folder(root, None, mend=root in launch.OWN_ROOTS)
+    with safe_files.pinned(root) as folder:
+        for name in ("wheels", "environments", "bin", "cache"):
+            path = os.path.join(folder, name)
+            if not os.path.isdir(path):
+                os.mkdir(path, 0o755)
+            elif name == "environments" and os.stat(path).st_mode & 0o755 != 0o755:
+                os.chmod(path, 0o755)
+
+
 def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
     """Build a virtual environment where it is not there yet."""
     params = module.params
+    only_roots(module, "root", "python")
     folder = params["environment"]
     python_version = node_facts.python_version(params["python"])
     reasons = environment.differences(folder, params["requirements"], python_version)
@@ -319,7 +404,7 @@ def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
     missing = environment.missing_wheels(params["wheels"], os.path.join(params["root"], "wheels"))
     if missing or not params["wheels"]:
         # The action plugin copies what is missing and calls again.
-        os.makedirs(os.path.join(params["root"], "wheels"), exist_ok=True)
+        own_folders(params["root"])
         result.update(changed=False, missing=missing, incomplete=True)
         return result
     try:
@@ -346,6 +431,8 @@ def main() -> None:
             "requirements": {"type": "list", "elements": "str", "default": []},
             "version": {"type": "str", "default": ""},
             "root": {"type": "path", "default": "/opt/onprem.torch"},
+            "user": {"type": "str", "default": "torchrun"},
+            "home": {"type": "path", "default": "/var/lib/torchrun/train"},
             "index_url": {"type": "str", "default": ""},
             "extra_index_urls": {"type": "list", "elements": "str", "default": []},
             "constraints": {"type": "list", "elements": "str", "default": []},
@@ -361,8 +448,13 @@ def main() -> None:
         required_if=[(("source"), value, ("environment",)) for value in ("wheelhouse", "index", "existing")],
         supports_check_mode=True,
     )
+    os.umask(0o022)  # a node's own may hide from the job's user what is there for it
     provide = {"existing": provide_existing, "distribution": provide_distribution}
-    module.exit_json(**provide.get(module.params["source"], provide_virtual)(module))
+    try:
+        result = provide.get(module.params["source"], provide_virtual)(module)
+    except safe_files.Unsafe as error:
+        module.fail_json(msg=f"{error}; set pytorch_root to a folder that only root can change")
+    module.exit_json(**result)
 
 
 if __name__ == "__main__":

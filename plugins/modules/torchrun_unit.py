@@ -20,7 +20,7 @@ options:
       - V(started) switches the unit to the release and starts it. A unit that runs it already is left alone.
       - V(rolled_back) starts a release that ran before, with the unit and environment that it had then.
       - V(stopped) stops the unit; the job writes its checkpoint first.
-      - V(fresh) sets the checkpoints of a stopped job aside, so that it starts from nothing.
+      - V(fresh) sets the checkpoints of a stopped job aside, as the job's user, so that it starts from nothing.
       - V(absent) removes the unit, secret and releases. Checkpoints and logs stay.
     type: str
     choices: [present, started, rolled_back, stopped, fresh, absent]
@@ -38,7 +38,9 @@ options:
     type: str
     default: torchrun
   folders:
-    description: Folders that belong to the job's user.
+    description:
+      - Folders that the job's user writes to. Those that are missing are made; those that are there keep owner and mode, but for
+        the ones directly in O(root), which are the job's own.
     type: list
     elements: path
     default: []
@@ -46,6 +48,10 @@ options:
     description: Folder of the checkpoints, for V(fresh).
     type: path
     default: ""
+  checkpoint_glob:
+    description: Pattern of the checkpoints' names, for V(fresh). Nothing else is moved.
+    type: str
+    default: "*"
   release:
     description: Id of the release.
     type: str
@@ -132,11 +138,19 @@ finished:
 """
 
 import os
-import pwd
-import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, needrestart, node_lock, source_tree, systemd
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    environment,
+    job_folders,
+    job_user,
+    launch,
+    needrestart,
+    node_lock,
+    safe_files,
+    source_tree,
+    systemd,
+)
 
 UNITS = "/etc/systemd/system"
 # Time that the module of a killed run may take to end, in seconds. The longest is a stop, in which the job writes its checkpoint.
@@ -153,6 +167,7 @@ class Node:
         self.unit_name = f"torchrun-{self.params['job']}.service"
         self.unit_path = os.path.join(UNITS, self.unit_name)
         self.diff: list[dict[str, str]] = []
+        self.who = safe_files.account(self.params["user"])
         self.secret_changed = False
 
     def systemctl(self, *words: str) -> str:
@@ -168,37 +183,30 @@ class Node:
         return show in ("active", "activating", "reloading", "deactivating")
 
     def keep_user(self) -> None:
-        """The job's user is a system account: logind removes the shared memory of ordinary users at logout."""
+        """The job's user exists."""
         name = self.params["user"]
-        try:
-            pwd.getpwnam(name)
+        self.who = safe_files.account(name)
+        if self.who:
+            if self.who.uid == 0:
+                self.module.fail_json(msg=f"torchrun_user is {name}, who has root's rights; name another user")
             return
-        except KeyError:
-            self.changes.append(f"user {name}")
-        if self.module.check_mode:
-            return
-        command = ["useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin"]
-        returncode, _stdout, stderr = self.module.run_command([*command, "--home-dir", self.params["root"], name])
-        if returncode != 0:
-            self.module.fail_json(msg=f"the user {name} cannot be created: {stderr.strip()}; set torchrun_user to one that exists")
-
-    def keep_folder(self, path: str, owner: str, mode: int = 0o755) -> None:
-        """A folder exists and belongs to somebody. Modes of folders that exist are their owner's affair."""
-        try:
-            account = pwd.getpwnam(owner)
-            identity = (account.pw_uid, account.pw_gid)
-        except KeyError:  # in check mode, before the user exists
-            identity = (-1, -1)
-        if os.path.isdir(path):
-            found = os.stat(path)
-            if (found.st_uid, found.st_gid) == identity or -1 in identity:
-                return
-            self.changes.append(f"owner of {path}")
-        else:
-            self.changes.append(f"folder {path}")
+        self.changes.append(f"user {name}")
         if not self.module.check_mode:
-            os.makedirs(path, mode=mode, exist_ok=True)
-            os.chown(path, *identity)
+            self.who = job_user.make(self.module, name, self.params["root"])
+
+    def job_user(self) -> safe_files.Account:
+        """Return the job's user where it has to exist."""
+        found = safe_files.account(self.params["user"])
+        if found is None:
+            self.module.fail_json(msg=f"there is no user {self.params['user']}; provision the nodes first (playbooks/provision.yml)")
+        return found
+
+    def keep_folder(self, path: str, who: safe_files.Account | None, own: bool) -> None:
+        """A folder exists; ``own`` says that it is the product's, with an owner and a mode that are put right."""
+        look = self.module.check_mode
+        done = safe_files.make_folder(path, who, mend=own, look=look)
+        if done:
+            self.changes.append(f"{'owner and mode of ' if done == 'mended' else ''}folder {path}")
 
     def keep_file(self, path: str, text: str, mode: int, secret: bool = False) -> bool:
         """A file has a content and mode; return whether it was changed."""
@@ -218,7 +226,7 @@ class Node:
     def keep_release(self) -> None:
         """The release is staged."""
         root, release = self.params["root"], self.params["release"]
-        if job_folders.staged(root, release):
+        if job_folders.staged(root, release, self.who):
             return
         if self.module.check_mode:
             self.changes.append(f"release {release}")
@@ -230,7 +238,7 @@ class Node:
         remote = self.params["source_path"] if self.params["source_remote"] else ""
         try:
             job_folders.stage(
-                root, release, self.params["archive"], remote, self.params["programs"], self.params["source_hash"]
+                root, release, self.params["archive"], remote, self.params["programs"], self.params["source_hash"], self.job_user()
             )
         except (OSError, source_tree.SourceError) as error:
             self.module.fail_json(msg=f"the release {release} cannot be staged: {error}; run the play again")
@@ -246,17 +254,53 @@ class Node:
         """Make everything ready that a running job does not notice."""
         params = self.params
         self.keep_user()
-        for path in (launch.SETTINGS, params["root"], os.path.join(params["root"], "releases")):
-            self.keep_folder(path, "root")
+        root = params["root"]
+        self.keep_folder(launch.SETTINGS, None, True)
+        if os.path.dirname(root) in launch.OWN_ROOTS:
+            self.keep_folder(os.path.dirname(root), None, True)
+        # Below a folder of a user's, that user makes the job's folder too.
+        self.keep_job_folder(root)
         for path in params["folders"]:
-            self.keep_folder(path, params["user"])
-        self.keep_folder(needrestart.FOLDER, "root")  # also where needrestart is not installed yet
+            log_root = os.path.dirname(path)
+            if log_root in launch.OWN_ROOTS:
+                self.keep_folder(log_root, None, True)
+            self.keep_folder(path, self.who, os.path.dirname(path) in (root, *launch.OWN_ROOTS))
+        self.keep_folder(needrestart.FOLDER, None, False)  # also where needrestart is not installed yet
         self.keep_file(needrestart.PATH, needrestart.TEXT, 0o644)
+        if self.who and job_folders.shield_all(root, self.who, self.module.check_mode):
+            self.changes.append(f"modes of {root}/releases")
         if params["secret"]:
             path = os.path.join(launch.SETTINGS, f"{params['job']}.secret")
             # Supervisors read the secret once, so a new one needs their restart.
             self.secret_changed = self.keep_file(path, params["secret"], 0o600, secret=True)
         self.keep_release()
+
+    def keep_job_folder(self, root: str) -> None:
+        """The job's folder and that of its releases are root's; where somebody else's folder is above, only the second is."""
+        try:
+            found = safe_files.reach(root)
+            os.close(found.handle)
+        except OSError as error:
+            self.module.fail_json(msg=f"{root} cannot be made ({error.strerror}); correct torchrun_root")
+        self.keep_folder(root, None if found.systems else self.who, found.systems)
+        if not self.module.check_mode or os.path.isdir(root):
+            self.keep_releases_folder(root)
+
+    def keep_releases_folder(self, root: str) -> None:
+        """The folder of the releases is root's, also in a folder that others can write."""
+        with safe_files.pinned(root) as job:
+            path = os.path.join(job, "releases")
+            if not os.path.lexists(path):
+                self.changes.append(f"folder {root}/releases")
+                if self.module.check_mode:
+                    return
+                os.mkdir(path, 0o755)
+        with safe_files.pinned(root, "releases") as folder:
+            found = os.stat(folder)
+            if found.st_uid == 0 and found.st_mode & 0o7777 != 0o755:
+                self.changes.append(f"mode of {root}/releases")
+                if not self.module.check_mode:
+                    os.chmod(folder, 0o755)
 
     def started(self) -> None:
         """Switch to the release and start the unit; leave a unit alone that runs it already."""
@@ -294,7 +338,7 @@ class Node:
             self.changes.append(f"start of {self.unit_name}")
             return
         root, release = params["root"], params["release"]
-        job_folders.switch(root, release)
+        job_folders.switch(root, release, self.job_user())
         job_folders.keep_run(root, release, unit, environment_text)
         job_folders.remember_start(root, release, back)
         keep = {release, job_folders.previous(job_folders.history(root))}
@@ -324,36 +368,43 @@ class Node:
         root, folder = self.params["root"], self.params["checkpoint_dir"]
         if self.active():
             self.module.fail_json(msg=f"{self.unit_name} runs; stop the job on all nodes first (playbooks/stop.yml)")
-        old = job_folders.checkpoints(folder)
-        done = os.path.join(root, "state", "done")
+        who = safe_files.account(self.params["user"])
+        if who is None:
+            return  # a job that has never run here
+        pattern = self.params["checkpoint_glob"]
+        old = safe_files.as_user(who, lambda: job_folders.checkpoints(folder, pattern), job_folders.SECONDS)
+        marks = safe_files.as_user(who, lambda: job_folders.end_marks(root))
         if old:
-            self.changes.append(f"{len(old)} files of {folder}")
-        if os.path.exists(done):
-            self.changes.append(done)
+            self.changes.append(f"{len(old)} checkpoints of {folder}")
+        self.changes += marks
         if self.module.check_mode:
             return
-        job_folders.set_aside(folder, old)
-        for path in (done, os.path.join(root, "state", "state.json")):
-            if os.path.exists(path):
-                os.unlink(path)
+        try:
+            safe_files.as_user(who, lambda: job_folders.set_aside(folder, pattern), job_folders.SECONDS)
+            safe_files.as_user(who, lambda: job_folders.forget(root))
+        except OSError as error:
+            where = error.filename or folder
+            self.module.fail_json(msg=f"{who.name} cannot set the checkpoints aside ({where}: {error.strerror}); let {who.name} write in {folder}")
 
     def absent(self) -> None:
         """Remove what the job does not need to be looked at or resumed."""
         self.stopped()
         params = self.params
+        # In folders of root's alone.
         leftovers = [] if needrestart.jobs_left(UNITS, self.unit_name) else [needrestart.PATH]
         leftovers += [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret"))]
-        leftovers += [os.path.join(params["root"], name) for name in ("current", "releases", "work", "cache", "state")]
         for path in leftovers:
+            if os.path.lexists(path):
+                self.changes.append(f"removal of {path}")
+                if not self.module.check_mode:
+                    os.unlink(path)
+        for name in ("current", "releases", "work", "cache", "state"):
+            path = os.path.join(params["root"], name)
             if not os.path.lexists(path):
                 continue
             self.changes.append(f"removal of {path}")
-            if self.module.check_mode:
-                continue
-            if os.path.isdir(path) and not os.path.islink(path):
-                shutil.rmtree(path)
-            else:
-                os.unlink(path)
+            if not self.module.check_mode:
+                job_folders.remove(params["root"], name)
         if self.changes and not self.module.check_mode:
             self.systemctl("daemon-reload")
 
@@ -383,7 +434,7 @@ class Node:
             "finished": bool(params["release"]) and job_folders.finished(params["root"], params["release"]),
         }
         if params["release"]:
-            result["source_hash"] = job_folders.staged(params["root"], params["release"]).get("source_hash", "")
+            result["source_hash"] = job_folders.staged(params["root"], params["release"], self.who).get("source_hash", "")
         if params["unit"]:
             result["switch"] = self.secret_changed or self.old_secret_runs() or not self.wanted(self.unit_path)
         if self.diff:
@@ -400,6 +451,7 @@ def main() -> None:
             "user": {"type": "str", "default": "torchrun"},
             "folders": {"type": "list", "elements": "path", "default": []},
             "checkpoint_dir": {"type": "path", "default": ""},
+            "checkpoint_glob": {"type": "str", "default": "*"},
             "release": {"type": "str", "default": ""},
             "source_path": {"type": "path", "default": ""},
             "source_remote": {"type": "bool", "default": False},
@@ -413,6 +465,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
+    os.umask(0o022)  # a node's own may hide from the job's user what is there for it
     node = Node(module)
     try:
         with node_lock.held(f"job-{module.params['job']}", WAIT):
@@ -420,6 +473,13 @@ def main() -> None:
             result = node.result()
     except node_lock.Busy as error:
         module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
+    except safe_files.Unsafe as error:
+        module.fail_json(msg=f"{error}; name a folder that only root, or only the job's user, can change, or remove the link")
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        module.fail_json(msg=f"{node.unit_name} cannot be brought to the state {module.params['state']} ({reason}); look at that path and run the play again")
+    except (RuntimeError, RecursionError) as error:
+        module.fail_json(msg=f"{node.unit_name} cannot be brought to the state {module.params['state']} ({error}); run the play again")
     module.exit_json(**result)
 
 

@@ -49,6 +49,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "disk": {"/opt/onprem.torch": 500 * GIB, "/var/lib/torchrun": 500 * GIB},
         "file_systems": {"/opt/onprem.torch": 1, "/var/lib/torchrun": 1},
         "paths": {},
+        "access": [],
         "torch": {},
         "torch_builds": {},
         "packages": {},

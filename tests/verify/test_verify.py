@@ -123,7 +123,7 @@ def test_a_node_that_loses_power_during_the_run_and_stays_off(verify, lab):
     node = lab.nodes[5]
     deadline = time.monotonic() + 120
     # Once workers have left a note of their first all-reduce, the measurement runs.
-    while "all-reduce of" not in node.shell("cat /run/nccl-verify/stage-* 2>/dev/null", check=False):
+    while "all-reduce of" not in node.shell("cat /run/nccl-verify/result/stage-* 2>/dev/null", check=False):
         assert time.monotonic() < deadline and thread.is_alive(), "the measurement did not start"
         time.sleep(0.1)
     node.power_off()

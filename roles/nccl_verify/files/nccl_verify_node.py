@@ -6,7 +6,8 @@ Standard library only. Every node connects to every other one before torch is im
 found, and start torch only when everybody found everything in order: a firewall is named in seconds instead of a
 timeout after minutes. While torch runs, the connections stay open, so that a node that is lost is noticed and named.
 
-Usage: nccl_verify_node.py FOLDER, where FOLDER holds config.json; result.json is written there in any case.
+Usage: nccl_verify_node.py FOLDER, where FOLDER holds config.json and the programs, and need not be writable;
+FOLDER/result/result.json is written in any case.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ HEARTBEAT_SECONDS = 1.0
 LOST_SECONDS = 8.0
 REPORT_SECONDS = 15.0
 LINE_LIMIT = 1 << 22
+# What the job's user writes lies apart from what root has put there.
+RESULTS = "result"
 
 
 def read_text(path: str) -> str:
@@ -207,7 +210,7 @@ class Node:
     """The verification on this node."""
 
     def __init__(self, folder: str, config: dict[str, t.Any]) -> None:
-        self.folder, self.config = folder, config
+        self.programs, self.folder, self.config = folder, os.path.join(folder, RESULTS), config
         self.me = config["nodes"][config["rank"]]
         self.token = config["token"]
         self.peers = [Peer(entry) for entry in config["nodes"] if entry["rank"] != config["rank"]]
@@ -450,7 +453,7 @@ class Node:
             f"--master-addr={self.config['nodes'][0]['address']}",
             f"--master-port={self.config['ports']['verifier']}",
             "--max-restarts=0",
-            os.path.join(self.folder, "nccl_verify_worker.py"),
+            os.path.join(self.programs, "nccl_verify_worker.py"),
             f"--config={os.path.join(self.folder, 'worker.json')}",
             f"--folder={self.folder}",
         ]
@@ -542,9 +545,10 @@ def main() -> int:
     """Run the verification of this node."""
     folder = sys.argv[1]
     config = json.loads(read_text(os.path.join(folder, "config.json")))
-    with open(os.path.join(folder, "worker.json"), "w", encoding="utf-8") as stream:
-        json.dump(config["worker"], stream)
     node = Node(folder, config)
+    os.makedirs(node.folder, exist_ok=True)
+    with open(os.path.join(node.folder, "worker.json"), "w", encoding="utf-8") as stream:
+        json.dump(config["worker"], stream)
     asyncio.run(node.run())
     return 0 if node.result["outcome"] == "measured" else 1
 
