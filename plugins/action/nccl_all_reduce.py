@@ -17,6 +17,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     job_state,
     launch,
     network,
+    systemd,
     verify_config,
     verify_decision,
     verify_result,
@@ -104,8 +105,7 @@ class ActionModule(ActionBase):
             "order": plan["order"],
             "nodes": {host: node_entry(plan["nodes"][host], ends[host]) for host in plan["order"]},
             "job": {
-                **{key: job[key] for key in ("name", "user", "master_port", "verifier_port", "service_properties")},
-                "environment": launch.communication_environment(job["user_environment"]),
+                key: job[key] for key in ("name", "user", "master_port", "verifier_port", "service_properties")
             },
             "token": secrets.token_hex(16),
             "started": time.time(),
@@ -174,14 +174,17 @@ class ActionModule(ActionBase):
             "config": {**config, "rank": node["rank"], "python": node["python"], "torchrun": node["torchrun"]},
             "user": user,
             "properties": [*verification["properties"], f"User={user}", f"Group={user}", f"ReadWritePaths={verify_config.FOLDER}"],
-            "environment": {
-                **launch.network_environment(node),
-                "HOME": verify_config.FOLDER,
-                **verification["job"]["environment"],
-                **settings.environment,
-            },
         }
-        return self._ask("started", told, task_vars)
+        # Values of the user's variables are secrets: they are in no result, but read here and handed to a file of root's.
+        reader = catalog.Reader(catalog.load(self._loader, ("torchrun",)), self._templar, task_vars["hostvars"])
+        values = {
+            **launch.network_environment(node),
+            "HOME": verify_config.FOLDER,
+            **launch.communication_environment(reader.value(host, "torchrun_environment") or {}),
+            **(arguments["environment"] or {}),
+        }
+        text = systemd.environment_file({str(name): str(value) for name, value in values.items()})
+        return self._ask("started", told, task_vars, environment_file=text)
 
     def _collected(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Wait for the node's unit and take its result; a node that is gone is a finding."""
@@ -210,10 +213,15 @@ class ActionModule(ActionBase):
             return  # no ssh
 
     def _ask(
-        self, state: str, told: dict[str, t.Any], task_vars: dict[str, t.Any], programs: dict[str, str] | None = None
+        self,
+        state: str,
+        told: dict[str, t.Any],
+        task_vars: dict[str, t.Any],
+        programs: dict[str, str] | None = None,
+        environment_file: str = "",
     ) -> dict[str, t.Any]:
         """Run the module on the node; what keeps it from running is a finding too, so that all nodes are named at once."""
-        arguments = {"state": state, "launch": told, "programs": programs or {}}
+        arguments = {"state": state, "launch": told, "programs": programs or {}, "environment_file": environment_file}
         try:
             answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         except AnsibleConnectionFailure as error:
