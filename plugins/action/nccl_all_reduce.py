@@ -23,7 +23,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     verify_result,
     verify_text,
 )
-from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, verify_page, verify_store
 
 display = Display()
@@ -79,7 +79,8 @@ class ActionModule(ActionBase):
         ends, found = self._ends(plan, raw, str(arguments["interface"] or ""))
         problems += found
         if problems:
-            return {"failed": True, "msg": report(problems)}
+            reader = catalog.Reader(catalog.Catalog({}, {}), self._templar, task_vars["hostvars"])
+            return {"failed": True, "msg": report(masked(problems, reader.all_secrets(plan["order"])))}
         left_out = [host for host in plan["order"] if host not in task_vars.get("ansible_play_hosts_all", [])]
         fingerprint = verify_config.fingerprint(plan["fingerprint"], settings)
         store = verify_store.folder_of(arguments["store"], task_vars)

@@ -253,7 +253,7 @@ def provide_distribution(module: AnsibleModule) -> dict[str, t.Any]:
         for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", *lacking]):
             returncode, stdout, stderr = module.run_command(command, environ_update=environ)
             if returncode != 0:
-                reason = (stderr.strip() or stdout.strip()).splitlines()[-1]
+                reason = secret_texts.redacted((stderr.strip() or stdout.strip()).splitlines()[-1])
                 module.fail_json(msg=f"{' '.join(command[:2])} failed: {reason}; check the node's apt sources")
     result: dict[str, t.Any] = {"changed": changed, "environment": "/usr", "python": python, "versions": {}}
     if changed and module.check_mode:
