@@ -171,6 +171,7 @@ class ActionModule(ActionBase):
         worker = verify_config.worker(settings, verification["order"], verification["minimum"])
         config = verify_config.node(settings, verification["token"], members, verification["ports"], worker)
         user = verification["job"]["user"]
+        hidden = {"token": config.pop("token")}
         told = {
             "config": {**config, "rank": node["rank"], "python": node["python"], "torchrun": node["torchrun"]},
             "user": user,
@@ -184,8 +185,8 @@ class ActionModule(ActionBase):
             **launch.communication_environment(reader.value(host, "torchrun_environment") or {}),
             **(arguments["environment"] or {}),
         }
-        text = systemd.environment_file({str(name): str(value) for name, value in values.items()})
-        return self._ask("started", told, task_vars, environment_file=text)
+        hidden["environment_file"] = systemd.environment_file({str(name): str(value) for name, value in values.items()})
+        return self._ask("started", told, task_vars, hidden=hidden)
 
     def _collected(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Wait for the node's unit and take its result; a node that is gone is a finding."""
@@ -219,10 +220,10 @@ class ActionModule(ActionBase):
         told: dict[str, t.Any],
         task_vars: dict[str, t.Any],
         programs: dict[str, str] | None = None,
-        environment_file: str = "",
+        hidden: dict[str, str] | None = None,
     ) -> dict[str, t.Any]:
         """Run the module on the node; what keeps it from running is a finding too, so that all nodes are named at once."""
-        arguments = {"state": state, "launch": told, "programs": programs or {}, "environment_file": environment_file}
+        arguments = {"state": state, "launch": told, "programs": programs or {}, **(hidden or {})}
         try:
             answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         except AnsibleConnectionFailure as error:

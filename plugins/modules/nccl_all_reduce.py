@@ -142,6 +142,10 @@ options:
     description: Text of the file with the environment of the measurement; set by the action plugin.
     type: str
     default: ""
+  token:
+    description: What tells this run's connections from a stranger's; set by the action plugin.
+    type: str
+    default: ""
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -334,7 +338,7 @@ class Verification:
         """Start the transient unit; it waits for the other nodes by itself."""
         path = os.path.join(self.folder, "config.json")
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-            json.dump(self.launch["config"], stream)
+            json.dump({**self.launch["config"], "token": self.module.params["token"]}, stream)
         account = pwd.getpwnam(self.launch["user"])
         os.chown(path, account.pw_uid, account.pw_gid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
@@ -407,7 +411,9 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}, "no_log": True},
             "programs": {"type": "dict", "default": {}},
             "launch": {"type": "dict", "default": {}},
+            # Not in launch, since modules write their arguments to the node's journal.
             "environment_file": {"type": "str", "default": "", "no_log": True},
+            "token": {"type": "str", "default": "", "no_log": True},
         },
         supports_check_mode=True,
     )
