@@ -9,8 +9,8 @@ import typing as t
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import spares
-from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import terminal
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
+from ansible_collections.onprem.torch.plugins.plugin_utils import terminal, vaulted
 
 
 class ActionModule(ActionBase):
@@ -42,6 +42,7 @@ class ActionModule(ActionBase):
             return {**result, "failed": True, "msg": report(problems), "problems": [problem.as_dict() for problem in problems]}
         out = {name: hostvars[name].get(spares.OUT, False) for name in [*names, *reserve]}
         members, problems = spares.take_over({name: out[name] for name in names}, {name: out[name] for name in reserve})
+        problems = masked(problems, set().union(*(vaulted.of_host(hostvars.raw_get(name)) for name in out)) if problems else ())
         replaced = {member.replaces: member.host for member in members if member.replaces}
         if problems:
             return {**result, "failed": True, "msg": report(problems), "problems": [problem.as_dict() for problem in problems]}

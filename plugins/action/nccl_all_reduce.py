@@ -17,13 +17,15 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     job_state,
     launch,
     network,
+    systemd,
     verify_config,
     verify_decision,
     verify_result,
     verify_text,
 )
-from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, terminal, verify_page, verify_store
+
 MODULE = "onprem.torch.nccl_all_reduce"
 PROGRAMS = {
     "nccl_verify_node.py": "nccl_verify",
@@ -76,7 +78,8 @@ class ActionModule(ActionBase):
         ends, found = self._ends(plan, raw, str(arguments["interface"] or ""))
         problems += found
         if problems:
-            return {"failed": True, "msg": report(problems)}
+            reader = catalog.Reader(catalog.Catalog({}, {}), self._templar, task_vars["hostvars"])
+            return {"failed": True, "msg": report(masked(problems, reader.all_secrets(plan["order"])))}
         left_out = [host for host in plan["order"] if host not in task_vars.get("ansible_play_hosts_all", [])]
         fingerprint = verify_config.fingerprint(plan["fingerprint"], settings)
         store = verify_store.folder_of(arguments["store"], task_vars)
@@ -102,8 +105,7 @@ class ActionModule(ActionBase):
             "order": plan["order"],
             "nodes": {host: node_entry(plan["nodes"][host], ends[host]) for host in plan["order"]},
             "job": {
-                **{key: job[key] for key in ("name", "user", "master_port", "verifier_port", "service_properties")},
-                "environment": launch.communication_environment(job["user_environment"]),
+                key: job[key] for key in ("name", "user", "master_port", "verifier_port", "service_properties")
             },
             "token": secrets.token_hex(16),
             "started": time.time(),
@@ -168,18 +170,22 @@ class ActionModule(ActionBase):
         worker = verify_config.worker(settings, verification["order"], verification["minimum"])
         config = verify_config.node(settings, verification["token"], members, verification["ports"], worker)
         user = verification["job"]["user"]
+        hidden = {"token": config.pop("token")}
         told = {
             "config": {**config, "rank": node["rank"], "python": node["python"], "torchrun": node["torchrun"]},
             "user": user,
             "properties": [*verification["properties"], f"User={user}", f"ReadWritePaths={verify_config.RESULTS}"],
-            "environment": {
-                **launch.network_environment(node),
-                "HOME": verify_config.RESULTS,
-                **verification["job"]["environment"],
-                **settings.environment,
-            },
         }
-        return self._ask("started", told, task_vars)
+        # Values of the user's variables are secrets: they are in no result, but read here and handed to a file of root's.
+        reader = catalog.Reader(catalog.load(self._loader, ("torchrun",)), self._templar, task_vars["hostvars"])
+        values = {
+            **launch.network_environment(node),
+            "HOME": verify_config.RESULTS,
+            **launch.communication_environment(reader.value(host, "torchrun_environment") or {}),
+            **(arguments["environment"] or {}),
+        }
+        hidden["environment_file"] = systemd.environment_file({str(name): str(value) for name, value in values.items()})
+        return self._ask("started", told, task_vars, hidden=hidden)
 
     def _collected(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, t.Any]:
         """Wait for the node's unit and take its result; a node that is gone is a finding."""
@@ -208,10 +214,15 @@ class ActionModule(ActionBase):
             return  # no ssh
 
     def _ask(
-        self, state: str, told: dict[str, t.Any], task_vars: dict[str, t.Any], programs: dict[str, str] | None = None
+        self,
+        state: str,
+        told: dict[str, t.Any],
+        task_vars: dict[str, t.Any],
+        programs: dict[str, str] | None = None,
+        hidden: dict[str, str] | None = None,
     ) -> dict[str, t.Any]:
         """Run the module on the node; what keeps it from running is a finding too, so that all nodes are named at once."""
-        arguments = {"state": state, "launch": told, "programs": programs or {}}
+        arguments = {"state": state, "launch": told, "programs": programs or {}, **(hidden or {})}
         try:
             answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         except AnsibleConnectionFailure as error:

@@ -11,7 +11,7 @@ import typing as t
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
-from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
 
 # What goes with every release, beside its source.
@@ -69,6 +69,7 @@ class ActionModule(ActionBase):
         problems += found
         if arguments["starts"]:
             problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
+        problems = masked(problems, reader.all_secrets(names))
         if problems and arguments["fail"]:
             return failure(result, problems)
         return {**result, **plan, "changed": False, "problems": [problem.as_dict() for problem in problems]}
@@ -94,9 +95,9 @@ class ActionModule(ActionBase):
                 host, found = reader.host(name)
                 problems += found
                 hosts.append(host)
-        if not hosts:
-            return failure(result, problems)
-        return failure(result, problems + self._plan(group, hosts, reader)[1])
+        if hosts:
+            problems += self._plan(group, hosts, reader)[1]
+        return failure(result, masked(problems, reader.all_secrets([*names, *reserve])))
 
     def _plan(self, group: str, hosts: t.Sequence[planning.Host], reader: catalog.Reader) -> tuple[dict[str, t.Any], list[Problem]]:
         """Return the plan and the problems that show in it."""

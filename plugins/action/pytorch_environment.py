@@ -9,7 +9,7 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import given_up, wheelhouse
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, wheelhouse
 
 MODULE = "onprem.torch.pytorch_environment"
 
@@ -31,17 +31,32 @@ class ActionModule(ActionBase):
                     arguments["lock"] = stream.read()
             except OSError as error:
                 return {**result, "failed": True, "msg": f"pytorch_lock {arguments['lock']} cannot be read ({error.strerror}); correct the path"}
+        credentials = self._credentials(arguments, task_vars or {})
+        if arguments.get("source") == "index":
+            arguments["credentials"] = credentials
         with given_up.ends_with_task():
             answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
             if answer.get("incomplete"):
-                answer = self._install(arguments, task_vars)
+                answer = self._install(arguments, credentials, task_vars)
         result.update(answer)
         return result
 
-    def _install(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
+    def _credentials(self, arguments: dict[str, t.Any], task_vars: dict[str, t.Any]) -> dict[str, str]:
+        """Return C(user:password) by URL: of the host's variables, and of the arguments, whose URLs are left without."""
+        reader = catalog.Reader(catalog.load(self._loader, ("cluster", "pytorch")), self._templar, task_vars["hostvars"])
+        found = reader.credentials(task_vars["inventory_hostname"])
+        for name in ("index_url", "extra_index_urls"):
+            if arguments.get(name):
+                found.update(catalog.credentials_of(arguments[name]))
+                arguments[name] = catalog.without_credentials(arguments[name])
+        return found
+
+    def _install(
+        self, arguments: dict[str, t.Any], credentials: t.Mapping[str, str], task_vars: dict[str, t.Any] | None
+    ) -> dict[str, t.Any]:
         """Copy the wheels that the node lacks, then install."""
         try:
-            wanted = wheelhouse.wanted_of(arguments)
+            wanted = wheelhouse.wanted_of(arguments, credentials)
             folder, wheels = wheelhouse.provide(arguments.get("wheelhouse", "~/.cache/onprem.torch/wheelhouse"), wanted)
         except wheelhouse.WheelhouseError as error:
             return {"failed": True, "msg": str(error)}

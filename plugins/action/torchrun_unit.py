@@ -1,7 +1,7 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Copies the job's source to a node that does not have the release yet."""
+"""Copies the job's source to a node that does not have the release yet, and hands over the job's environment."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import tempfile
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import source_tree
-from ansible_collections.onprem.torch.plugins.plugin_utils import given_up
+from ansible_collections.onprem.torch.plugins.module_utils import source_tree, systemd
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up
 
 MODULE = "onprem.torch.torchrun_unit"
 
@@ -32,6 +32,8 @@ class ActionModule(ActionBase):
     def _provide(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
         """Return the module's answer."""
         arguments = dict(self._task.args)
+        if arguments.get("state") == "started":
+            arguments["environment"] = self._environment(task_vars or {})
         answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         if answer.get("needs_archive"):
             with tempfile.TemporaryDirectory() as folder:
@@ -44,3 +46,9 @@ class ActionModule(ActionBase):
                 answer["changed"] = bool(answer.get("changed") or before)
                 self._remove_tmp_path(temporary)
         return answer
+
+    def _environment(self, task_vars: dict[str, t.Any]) -> str:
+        """Return the text of the environment's file: read here and now, since whatever holds the values could show them."""
+        reader = catalog.Reader(catalog.load(self._loader, ("torchrun",)), self._templar, task_vars["hostvars"])
+        values = reader.value(task_vars["inventory_hostname"], "torchrun_environment") or {}
+        return systemd.environment_file({str(name): str(value) for name, value in values.items()})

@@ -226,7 +226,7 @@ def complaint(text: str) -> str:
         for line in lines
         if re.search(
             r"NO_PUBKEY|not signed|unauthenticated|Missing key|Could not (connect|resolve)|Connection (failed|refused|timed out)|"
-            r"404|403|hash|Hash|Unable to connect|Signed-By|unmet|Depends:|held|No space",
+            r"404|403|401|hash|Hash|Unable to connect|Signed-By|unmet|Depends:|held|No space",
             line,
         )
     ]
@@ -247,6 +247,12 @@ def broken_scripts(text: str) -> str:
 def lists_locked(text: str) -> bool:
     """Return whether C(apt-get update) gave up since another one was at work."""
     return bool(re.search(r"Could not get lock /var/lib/apt/lists|Unable to lock directory /var/lib/apt/lists", text))
+
+
+def refused(text: str) -> str:
+    """Return the status with which a repository has refused its user (401, 403), empty where none has."""
+    match = re.search(r"\b(401) +Unauthorized|\b(403) +Forbidden", text)
+    return match.group(1) or match.group(2) if match else ""
 
 
 def failed_update(text: str, url: str) -> bool:

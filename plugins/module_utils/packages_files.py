@@ -41,13 +41,13 @@ class Files:
         """Let what was written stay, whatever comes."""
         self.undo.clear()
 
-    def write(self, path: str, content: bytes) -> None:
-        """Replace a file in one step."""
+    def write(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Replace a file in one step; at no moment can more people read it than may."""
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         partial = f"{path}.partial"
-        with open(partial, "wb") as stream:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as stream:
+            os.fchmod(stream.fileno(), mode)
             stream.write(content)
-        os.chmod(partial, 0o644)
         os.rename(partial, path)
 
     def replace(self, path: str, content: bytes) -> None:
@@ -69,6 +69,22 @@ class Files:
             return
         self.note(path)
         self.replace(path, content.encode())
+
+    def put_secret(self, path: str, content: str) -> None:
+        """Let a file that only root reads have a content; the difference tells no more than that it changes."""
+        if os.path.exists(path) and read_text(path) == content and os.stat(path).st_mode & 0o7777 == 0o600:
+            return
+        self.run.before[path], self.run.after[path] = "", "user and password\n"
+        if not self.run.check:
+            # Not put back by a failure: an old password is as good as none.
+            self.write(path, content.encode(), 0o600)
+
+    def remove_secret(self, path: str) -> None:
+        """Let such a file be gone."""
+        if os.path.exists(path):
+            self.run.before[path], self.run.after[path] = "user and password\n", ""
+            if not self.run.check:
+                os.unlink(path)
 
     def remove(self, path: str) -> None:
         """Let a file be gone, and note the difference."""

@@ -41,6 +41,12 @@ class Installation:
             return
         only = ["-o", f"Dir::Etc::SourceList={SOURCES}", "-o", "Dir::Etc::SourceParts=/dev/null"]
         code, text = self.apt.refresh([*only, "-o", "APT::Get::List-Cleanup=0", "-o", "APT::Update::Error-Mode=any", "update"])
+        status = apt_state.refused(text)
+        if status:
+            self.run.fail(
+                f"the repository {self.run.repository['url']} refuses the user or password ({status}); correct them in "
+                "cuda_repository_url or cluster_mirror, as in https://USER:PASSWORD@HOST/PATH"
+            )
         if code or apt_state.failed_update(text, self.run.repository["url"]):
             self.run.fail(
                 f"the repository {self.run.repository['url']} cannot be used ({apt_state.complaint(text)}); "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
 
 
 class Run:
@@ -39,6 +40,11 @@ class Run:
         return self.settings["pins"] or []
 
     @property
+    def credentials(self) -> dict[str, str]:
+        """Return C(user:password) of repositories by URL."""
+        return self.params.get("credentials") or {}
+
+    @property
     def repository(self) -> dict[str, str]:
         """Return what is known of the repository; empty for the sources that the node has."""
         return {key: value for key, value in (self.settings["repository"] or {}).items() if value}
@@ -49,6 +55,9 @@ class Run:
         calls, self.on_failure = self.on_failure, []
         for call in calls:
             call()
+        for userinfo in self.credentials.values():
+            text = secret_texts.masked(text, secret_texts.of_userinfo(userinfo), secret_texts.HIDDEN)
+        text = secret_texts.redacted(text)
         self.module.fail_json(msg=text, **self.result)
 
     def end(self) -> t.NoReturn:

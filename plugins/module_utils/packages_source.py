@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import os
+import re
 
 from ansible.module_utils.urls import fetch_url
-from ansible_collections.onprem.torch.plugins.module_utils import apt_sources, apt_state, openpgp
+from ansible_collections.onprem.torch.plugins.module_utils import apt_sources, apt_state, openpgp, secret_texts
 from ansible_collections.onprem.torch.plugins.module_utils.packages_files import Files
 from ansible_collections.onprem.torch.plugins.module_utils.packages_run import Run
 
 KEYRINGS = "/etc/apt/keyrings"
 SOURCES = "/etc/apt/sources.list.d/onprem-torch-nvidia.sources"
+# Sources are for everybody to read; apt takes user and password from here before it gives up root (apt_auth.conf(5)).
+AUTH = "/etc/apt/auth.conf.d/onprem-torch-nvidia.conf"
 
 
 def fingerprints(path: str) -> list[str]:
@@ -25,6 +28,11 @@ def fingerprints(path: str) -> list[str]:
             return openpgp.fingerprints(stream.read())
         except openpgp.KeyFileError:
             return []
+
+
+def auth_line(url: str, user: str, password: str) -> str:
+    """Return the line of apt_auth.conf(5) for a repository; without the scheme apt would send nothing over plain http."""
+    return f"machine {url.rstrip('/')}/ login {user} password {password}\n"
 
 
 class Source:
@@ -62,7 +70,12 @@ class Source:
         for path in (f"{KEYRINGS}/onprem-torch-nvidia.{end}" for end in ("asc", "gpg")):
             if fingerprints(path) == [wanted]:
                 return path
-        answer, info = fetch_url(self.run.module, url, timeout=20)
+        answer, info = fetch_url(self.run.module, secret_texts.with_credentials(url, self.run.credentials), timeout=20)
+        if info["status"] in (401, 403):
+            self.run.fail(
+                f"{url} refuses the user or password ({info['status']}); correct them in cuda_repository_key_url, "
+                "cuda_repository_url or cluster_mirror, as in https://USER:PASSWORD@HOST/PATH"
+            )
         if answer is None or info["status"] not in (200, None):
             self.run.fail(
                 f"the key of the repository {self.run.repository['url']} cannot be fetched from {url} ({info['msg']}); "
@@ -84,7 +97,20 @@ class Source:
             self.files.replace(path, data)
         return path
 
+    def auth(self) -> None:
+        """Let apt know the repository's user and password, which are in no file that others can read."""
+        url = self.run.repository["url"]
+        userinfo = secret_texts.split_url(secret_texts.with_credentials(url, self.run.credentials))[1]
+        if not userinfo:
+            self.files.remove_secret(AUTH)
+            return
+        user, password = secret_texts.user_and_password(userinfo)
+        if re.search(r"\s", user + password):
+            self.run.fail("the password of cuda_repository_url or cluster_mirror has a space, which apt cannot read; choose another one")
+        self.files.put_secret(AUTH, auth_line(url, user, password))
+
     def put(self) -> None:
         """Let the repository's key and source lie on the node."""
         if self.run.repository:
+            self.auth()
             self.files.put(SOURCES, apt_state.source(self.run.repository["url"], self.key()))

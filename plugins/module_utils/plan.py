@@ -24,6 +24,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     pytorch_plan,
     ranks,
     room,
+    secret_texts,
     verify_config,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
@@ -103,7 +104,13 @@ def agreeing(hosts: t.Sequence[Host]) -> list[Problem]:
         for name, value in host.variables.items():
             if name in PER_HOST or name not in first.variables or value == first.variables[name]:
                 continue
-            text = f"{name} is {value!r} here and {first.variables[name]!r} on {first.name}, but a job has one"
+            theirs = first.variables[name]
+            if isinstance(value, dict) and isinstance(theirs, dict):
+                # Values of a mapping may be secrets.
+                keys = sorted(str(key) for key in {*value, *theirs} if value.get(key) != theirs.get(key))
+                text = f"{name} differs from {first.name}'s in {', '.join(keys)}, but a job has one"
+            else:
+                text = f"{name} is {value!r} here and {theirs!r} on {first.name}, but a job has one"
             problems.append(Problem(host.name, name, text, "set it once for the group"))
     return problems
 
@@ -302,10 +309,12 @@ def secret_id(host: Host, job: str) -> str:
 def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, lock: str = "") -> dict[str, t.Any]:
     """Return what the user's variables say of the job, and the release that follows from it."""
     root = f"{variables.get('torchrun_root') or '/var/lib/torchrun'}/{name}"
+    user_environment = variables.get("torchrun_environment") or {}
     settings = {
         "script": release.script,
         "args": [str(word) for word in variables.get("torchrun_args") or []],
-        "user_environment": {key: str(value) for key, value in (variables.get("torchrun_environment") or {}).items()},
+        # The plan is shown and kept by callbacks, so it has the names only; torchrun_unit's action reads the values itself.
+        "environment_names": sorted(str(key) for key in user_environment),
         "checkpoint_dir": str(variables.get("torchrun_checkpoint_dir") or f"{root}/checkpoints"),
         "checkpoint_glob": str(variables.get("torchrun_checkpoint_glob") or "*"),
         "root": root,
@@ -324,7 +333,8 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, 
         "source_hash": release.hash,
         "programs_hash": release.programs,
     }
-    made_of = {key: settings[key] for key in ("script", "args", "user_environment", "source", "source_hash", "programs_hash")}
+    made_of = {key: settings[key] for key in ("script", "args", "source", "source_hash", "programs_hash")}
+    made_of["environment"] = secret_texts.fingerprint(user_environment, f"torchrun_environment of {root}")
     if release.hash:
         made_of.pop("source")  # the same files from another folder are the same release
     made_of["torch"] = [variables.get(f"pytorch_{key}") for key in ("version", "packages", "environment")]

@@ -114,8 +114,9 @@ def versions(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str, s
     for key in keys:
         usual, odd = odd_ones({host: values.get(key) for host, values in settings.items()})
         for host, value in odd.items():
-            mine, others = ("(unset)" if word is None else word for word in (value, usual))
-            text = f"{host} has {key}={mine}, the others {others}; set it the same everywhere"
+            # The reports hold no values, which may be secrets.
+            text = f"{host} has {'no' if value is None else 'a' if usual is None else 'another'} {key}, the others have {'one' if value is None else 'none' if usual is None else 'the same'}"
+            text = f"{text}; set it the same everywhere"
             findings.append(finding("environment", "warn", host, "", text))
     return findings
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
 
 from ansible_collections.onprem.torch.plugins.module_utils import hostile_input
 
@@ -33,13 +35,23 @@ class Problem:
     cure: str
 
     def sentence(self) -> str:
-        """Return the whole as one sentence."""
+        """Return the whole as one sentence, in which no URL has a user or password."""
         prefix = f"{self.host}: " if self.host else ""
-        return f"{prefix}{self.text}; {self.cure}."
+        return secret_texts.redacted(f"{prefix}{self.text}; {self.cure}.")
 
     def as_dict(self) -> dict[str, str]:
         """Return the parts and the sentence."""
         return {"host": self.host, "variable": self.variable, "message": self.sentence()}
+
+
+def masked(problems: t.Sequence[Problem], secrets: t.Collection[str]) -> list[Problem]:
+    """Return the problems without the secrets, whichever variable they have come to stand in."""
+    if not secrets:
+        return list(problems)
+    return [
+        replace(problem, text=secret_texts.masked(problem.text, secrets), cure=secret_texts.masked(problem.cure, secrets))
+        for problem in problems
+    ]
 
 
 def merged(problems: t.Sequence[Problem]) -> list[Problem]:

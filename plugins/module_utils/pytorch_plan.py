@@ -11,7 +11,7 @@ import re
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources
+from ansible_collections.onprem.torch.plugins.module_utils import nvidia_sources, secret_texts
 from ansible_collections.onprem.torch.plugins.module_utils.nvidia_facts import chosen_gpus
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
@@ -77,6 +77,9 @@ def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]
     if bare:
         text = f"{variable} names {lock.path}, in which {bare[0]} has no hash"
         problems.append(Problem("", variable, text, "make it with: uv pip compile --generate-hashes"))
+    if secret_texts.redacted(lock.text) != lock.text:
+        text = f"{variable} names {lock.path}, which holds a URL with a user or password"
+        problems.append(Problem("", variable, text, "remove it there and put it into pytorch_index_url or pytorch_extra_index_urls"))
     found, wanted = locked_version(lock.text), str(variables.get("pytorch_version") or "")
     if not found:
         text = f"{variable} names {lock.path}, which has no line torch==VERSION"

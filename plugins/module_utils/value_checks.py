@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import folder_access
+from ansible_collections.onprem.torch.plugins.module_utils import folder_access, secret_texts
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
-from ansible_collections.onprem.torch.plugins.module_utils.variables import shown
+from ansible_collections.onprem.torch.plugins.module_utils.variables import kind_of, shown
 
 JOB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 # What useradd of Debian and Ubuntu takes without --badname.
@@ -96,9 +96,17 @@ def environment(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
             yield variable, text, "rename it"
         elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
             # YAML's true would become Python's True, and its null the word None.
-            yield variable, f"{variable} gives {name} the value {shown(value)}, but text or a number was expected", "put it in quotes"
+            yield variable, f"{variable} gives {name} {kind_of(value)}, but text or a number was expected", "put it in quotes"
         elif isinstance(value, str) and not value.replace("\n", "").replace("\t", "").isprintable():
             yield variable, f"{variable} gives {name} a value with control characters, but text was expected", "remove them"
+
+
+def packages(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
+    """Requirements stand on command lines and in records of the nodes, so that they hold no password."""
+    for variable in ("pytorch_packages", "pytorch_constraints"):
+        if any(secret_texts.redacted(str(entry)) != str(entry) for entry in variables.get(variable) or []):
+            text = f"{variable} holds a URL with a user or password, which everybody on a node could read"
+            yield variable, text, "put the package on an index, and its user into pytorch_extra_index_urls"
 
 
 def patterns(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
@@ -120,6 +128,6 @@ def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """
     return [
         Problem(host, variable, text, cure)
-        for look in (names, paths, numbers, environment, patterns)
+        for look in (names, paths, numbers, environment, packages, patterns)
         for variable, text, cure in look(variables)
     ]

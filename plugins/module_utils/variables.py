@@ -28,6 +28,16 @@ def shown(value: t.Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+def kind_of(value: t.Any) -> str:
+    """Return what kind of value something is, for a sentence about a secret."""
+    if value is None:
+        return "no value"
+    if isinstance(value, bool):
+        return "true or false"
+    names = {dict: "a mapping", list: "a list", tuple: "a list", str: "a text"}
+    return next((name for kind, name in names.items() if isinstance(value, kind)), "a number")
+
+
 def convert(value: t.Any, spec: dict[str, t.Any]) -> tuple[t.Any, str]:
     """Return the value in its specified type and what was expected where it does not fit (else an empty string).
 

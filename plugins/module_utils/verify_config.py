@@ -10,10 +10,11 @@ import json
 import random
 import re
 import typing as t
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-from ansible_collections.onprem.torch.plugins.module_utils import bandwidth, network, transport
+from ansible_collections.onprem.torch.plugins.module_utils import bandwidth, network, secret_texts, transport
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
+from ansible_collections.onprem.torch.plugins.module_utils.variables import kind_of
 
 PREFIX = "nccl_verify_"
 UNIT = "nccl-verify.service"
@@ -44,7 +45,7 @@ class Settings:
         correctness_repeats: repetitions of the exact check.
         timeout: seconds that the measurement may take.
         arrival_timeout: seconds that the nodes wait for each other.
-        environment: environment variables of the measurement.
+        environment: what changes with its environment variables, whose values are secrets; empty for none.
     """
 
     backend: str = "gloo"
@@ -61,7 +62,7 @@ class Settings:
     correctness_repeats: int = 3
     timeout: int = 300
     arrival_timeout: int = 30
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: str = ""
 
     def as_dict(self) -> dict[str, t.Any]:
         """Return the fields as plain data."""
@@ -135,7 +136,7 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
     problems += wrong
     environment = values.get("environment") or {}
     if not isinstance(environment, dict):
-        text = f"{PREFIX}environment is {environment!r}, but a mapping of names to values was expected"
+        text = f"{PREFIX}environment is {kind_of(environment)}, but a mapping of names to values was expected"
         problems.append(problem("environment", text, "write NAME: value lines"))
         environment = {}
     without = [host for host, count in gpus.items() if not count]
@@ -145,8 +146,7 @@ def read(values: t.Mapping[str, t.Any], gpus: t.Mapping[str, int]) -> tuple[Sett
             problems.append(problem("backend", text, "set it to auto or gloo, or see nvidia-smi there", host))
     if found["backend"] == "auto":
         found["backend"] = "gloo" if without else "nccl"
-    variables = {str(key): str(value) for key, value in environment.items()}
-    return Settings(**found, minimum=minimum, environment=variables), problems
+    return Settings(**found, minimum=minimum, environment=secret_texts.fingerprint(environment, "nccl_verify_environment")), problems
 
 
 def problems_of(hosts: t.Sequence[t.Any]) -> list[Problem]:
@@ -196,7 +196,7 @@ def fingerprint(cluster: str, settings: Settings) -> str:
     """Return what runs must share to be compared: the cluster's fingerprint and all settings that move the figures."""
     names = ("backend", "size_min", "size_max", "size_factor", "dtype", "operation", "pair_size", "environment")
     whole = settings.as_dict()
-    return digest([cluster, {name: whole[name] for name in names}])
+    return digest([cluster, {name: whole[name] or {} if name == "environment" else whole[name] for name in names}])
 
 
 def deadline(settings: Settings) -> int:

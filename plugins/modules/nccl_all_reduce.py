@@ -127,7 +127,7 @@ options:
     type: str
     default: ""
   environment:
-    description: Environment variables of the measurement, such as NCCL_DEBUG.
+    description: Environment variables of the measurement, such as NCCL_DEBUG. For the states V(decided) and V(started).
     type: dict
     default: {}
   programs:
@@ -138,6 +138,14 @@ options:
     description: What this node runs; set by the action plugin.
     type: dict
     default: {}
+  environment_file:
+    description: Text of the file with the environment of the measurement; set by the action plugin.
+    type: str
+    default: ""
+  token:
+    description: What tells this run's connections from a stranger's; set by the action plugin.
+    type: str
+    default: ""
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -267,12 +275,14 @@ import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import node_facts, safe_files, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, safe_files, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
 # Bytes of a result, which comes from programs that run as the job's user.
 RESULT_LIMIT = 64 << 20
+# In a folder in which nobody but root can put anything.
+ENVIRONMENT_FILE = "/run/nccl-verify.env"
 
 
 class Verification:
@@ -337,10 +347,13 @@ class Verification:
         if who is None:
             self.module.fail_json(msg=f"there is no user {self.launch['user']} any more; provision the nodes again (playbooks/provision.yml)")
         # The token in it is for the job's user alone.
-        safe_files.write_new(os.path.join(self.folder, "config.json"), json.dumps(self.launch["config"]), 0o640, who.gid)
+        config = {**self.launch["config"], "token": self.module.params["token"]}
+        safe_files.write_new(os.path.join(self.folder, "config.json"), json.dumps(config), 0o640, who.gid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
         words += [f"--property={line}" for line in self.launch["properties"]]
-        words += [f"--setenv={name}={value}" for name, value in self.launch["environment"].items()]
+        # Command lines and a unit's properties are for everybody to read, so that the environment is in a file of root's.
+        environment.write_atomically(ENVIRONMENT_FILE, self.module.params["environment_file"], 0o600)
+        words += [f"--property=EnvironmentFile={ENVIRONMENT_FILE}"]
         words += ["/usr/bin/python3", os.path.join(self.folder, NODE_PROGRAM), self.folder]
         self.systemctl("reset-failed")
         returncode, stdout, stderr = self.module.run_command(words)
@@ -363,6 +376,8 @@ class Verification:
                 ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=30", f"--unit={verify_config.UNIT}"]
             )
         self.remove()
+        if os.path.lexists(ENVIRONMENT_FILE):
+            os.unlink(ENVIRONMENT_FILE)
         return {"result": result, "journal": journal[-4000:]}
 
     def result(self) -> dict[str, object]:
@@ -409,9 +424,12 @@ def main() -> None:
             "timeout": {"type": "int", "default": 300},
             "arrival_timeout": {"type": "int", "default": 30},
             "interface": {"type": "str", "default": ""},
-            "environment": {"type": "dict", "default": {}},
+            "environment": {"type": "dict", "default": {}, "no_log": True},
             "programs": {"type": "dict", "default": {}},
             "launch": {"type": "dict", "default": {}},
+            # Not in launch, since modules write their arguments to the node's journal.
+            "environment_file": {"type": "str", "default": "", "no_log": True},
+            "token": {"type": "str", "default": "", "no_log": True},
         },
         supports_check_mode=True,
     )

@@ -132,6 +132,10 @@ options:
         type: list
         elements: str
         default: []
+  credentials:
+    description: C(user:password) of repositories by URL; set by the action plugin.
+    type: dict
+    default: {}
   loaded:
     description: Fail unless the kernel module runs at its version. For the time after a reboot.
     type: bool
@@ -146,6 +150,9 @@ attributes:
     support: full
   diff_mode:
     description: Shows what changes.
+    support: full
+  action:
+    description: The action plugin hands over the user and password of a repository.
     support: full
 """
 
@@ -291,6 +298,7 @@ def main() -> None:
                     "modules": {"type": "list", "elements": "str", "default": []},
                 },
             },
+            "credentials": {"type": "dict", "default": {}, "no_log": True},
             "loaded": {"type": "bool", "default": False},
             "lock_timeout": {"type": "int", "default": 300},
         },

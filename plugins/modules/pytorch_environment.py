@@ -59,6 +59,10 @@ options:
     type: list
     elements: str
     default: []
+  credentials:
+    description: C(user:password) of indexes by URL; set by the action plugin.
+    type: dict
+    default: {}
   constraints:
     description: Requirements that limit versions and ask for nothing.
     type: list
@@ -146,6 +150,7 @@ missing:
 
 import json
 import os
+import re
 import shutil
 import typing as t
 
@@ -159,6 +164,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     node_facts,
     node_lock,
     safe_files,
+    secret_texts,
     torch_fit,
 )
 
@@ -320,7 +326,7 @@ def provide_distribution(module: AnsibleModule) -> dict[str, t.Any]:
         for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "--no-install-recommends", *lacking]):
             returncode, stdout, stderr = module.run_command(command, environ_update=environ)
             if returncode != 0:
-                reason = (stderr.strip() or stdout.strip()).splitlines()[-1]
+                reason = secret_texts.redacted((stderr.strip() or stdout.strip()).splitlines()[-1])
                 module.fail_json(msg=f"{' '.join(command[:2])} failed: {reason}; check the node's apt sources")
     result: dict[str, t.Any] = {"changed": changed, "environment": "/usr", "python": python, "versions": {}}
     if changed and module.check_mode:
@@ -347,10 +353,6 @@ def build(module: AnsibleModule, folder: str, python_version: str, lock: int) ->
     else:
         # As pip does: the best version of all indexes, since torch's own index has old versions of other packages too.
         install += ["--index-strategy", "unsafe-best-match"]
-        if params["index_url"]:
-            install += ["--default-index", params["index_url"]]
-        for url in params["extra_index_urls"]:
-            install += ["--index", url]
     scratch = os.path.join(module.tmpdir, "requirements.txt")
     if params["lock"]:
         install += ["--require-hashes", "--requirement", scratch]
@@ -361,10 +363,23 @@ def build(module: AnsibleModule, folder: str, python_version: str, lock: int) ->
     with open(scratch, "w", encoding="utf-8") as stream:
         stream.write(params["lock"] or "\n".join(params["constraints"]) + "\n")
     environ = {"UV_CACHE_DIR": os.path.join(root, "cache"), "UV_PYTHON_DOWNLOADS": "never", "UV_NO_CONFIG": "1"}
+    if params["source"] == "index":
+        # A command line is for everybody to read, an environment is not.
+        index, *extra = [secret_texts.with_credentials(url, params["credentials"]) for url in (params["index_url"], *params["extra_index_urls"])]
+        environ.update({**({"UV_DEFAULT_INDEX": index} if index else {}), **({"UV_INDEX": " ".join(extra)} if extra else {})})
     for command in ([uv, "venv", "--no-progress", "--python", params["python"], folder], install):
         returncode, stdout, stderr = module.run_command(command, environ_update=environ, pass_fds=[lock])
         if returncode != 0:
-            reason = " ".join((stderr.strip() or stdout.strip()).split())[-600:]
+            reason = " ".join((stderr.strip() or stdout.strip()).split())
+            for userinfo in params["credentials"].values():
+                reason = secret_texts.masked(reason, secret_texts.of_userinfo(userinfo), secret_texts.HIDDEN)
+            reason = secret_texts.redacted(reason)[-600:]
+            refused = re.search(r"\((https?://[^)\s]+)\)[^.]*\b(?:lack of valid authentication|403 Forbidden)", reason)
+            if refused and (params["credentials"] or "403 Forbidden" not in refused.group()):
+                module.fail_json(
+                    msg=f"the index {refused.group(1)} refuses the user or password ({'403' if '403' in refused.group() else '401'}); "
+                    "correct them in pytorch_index_url or pytorch_extra_index_urls, as in https://USER:PASSWORD@HOST/simple"
+                )
             module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
     versions = versions_of(module, python)
     check_version(module, versions["torch"], folder)
@@ -435,6 +450,7 @@ def main() -> None:
             "home": {"type": "path", "default": "/var/lib/torchrun/train"},
             "index_url": {"type": "str", "default": ""},
             "extra_index_urls": {"type": "list", "elements": "str", "default": []},
+            "credentials": {"type": "dict", "default": {}, "no_log": True},
             "constraints": {"type": "list", "elements": "str", "default": []},
             "lock": {"type": "str", "default": ""},
             "gpus": {"type": "list", "elements": "dict", "default": []},

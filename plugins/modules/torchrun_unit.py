@@ -81,9 +81,9 @@ options:
     type: str
     default: ""
   environment:
-    description: The user's environment variables for the job.
-    type: dict
-    default: {}
+    description: Text of the file with the user's environment variables; set by the action plugin, which reads them.
+    type: str
+    default: ""
   secret:
     description: The secret that the supervisors share. Empty keeps the one that is there.
     type: str
@@ -149,7 +149,6 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     node_lock,
     safe_files,
     source_tree,
-    systemd,
 )
 
 UNITS = "/etc/systemd/system"
@@ -304,7 +303,7 @@ class Node:
 
     def started(self) -> None:
         """Switch to the release and start the unit; leave a unit alone that runs it already."""
-        self.run(self.params["unit"], systemd.environment_file(self.params["environment"]), False)
+        self.run(self.params["unit"], self.params["environment"], False)
 
     def rolled_back(self) -> None:
         """Start a release as it ran before; refuse where it had another place in the cluster then."""
@@ -459,7 +458,8 @@ def main() -> None:
             "archive": {"type": "path", "default": ""},
             "programs": {"type": "dict", "default": {}},
             "unit": {"type": "str", "default": ""},
-            "environment": {"type": "dict", "default": {}, "no_log": True},
+            # One text: Ansible takes hidden values out of all that a module tells, and a value such as 1 stands everywhere.
+            "environment": {"type": "str", "default": "", "no_log": True},
             "secret": {"type": "str", "default": "", "no_log": True},
             "keep_releases": {"type": "int", "default": 3},
         },

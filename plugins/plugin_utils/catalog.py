@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import os
+import re
 import typing as t
 from dataclasses import dataclass
 
-from ansible_collections.onprem.torch.plugins.module_utils import value_checks
+from ansible.errors import AnsibleError
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts, value_checks
 from ansible_collections.onprem.torch.plugins.module_utils import variables as checks
 from ansible_collections.onprem.torch.plugins.module_utils.plan import Host
-from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
+from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked
+from ansible_collections.onprem.torch.plugins.plugin_utils import vaulted
 
 ROLES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "roles")
 MANIFEST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "versions.yml")
 # The lab's variables describe the machine that boots the lab, not the cluster.
 NOT_OF_THE_CLUSTER = frozenset({"lab"})
+# Variables whose URLs may have a user and password. The plan gets them without; who uses one asks for them (Reader.credentials).
+URLS = ("cluster_mirror", "cuda_repository_url", "cuda_repository_key_url", "pytorch_index_url", "pytorch_extra_index_urls")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Reader:
         self._catalog = catalog
         self._templar = templar
         self._hostvars = hostvars
+        self._secrets: dict[str, set[str]] = {}
         # Most defaults are no templates and need converting only once, not for each host.
         self._constants = {
             name: checks.convert(catalog.defaults.get(name), spec)[0]
@@ -78,6 +84,7 @@ class Reader:
         for slip, right in checks.unknown_names(raw, self._catalog.specs).items():
             cure = f"write {right}" if right else "remove it, or see the list of variables in docs/variables.md"
             problems.append(Problem(name, slip, f"{slip} is no variable of this collection", cure))
+        hidden = self.secrets(name)
         values: dict[str, t.Any] = {}
         for variable in self._catalog.specs:
             if raw.get(variable) is None:
@@ -98,27 +105,89 @@ class Reader:
                 continue
             value, problem = self._read(name, variable, self._catalog.defaults[variable], derived)
             values[variable] = None if problem else value
+        if hidden and vaulted.shown_by(raw, "torchrun_args", values.get("torchrun_args") or []):
+            text = "torchrun_args holds a vaulted value, but everybody on a node sees the arguments of its processes"
+            problems.append(Problem(name, "torchrun_args", text, "hand it over in torchrun_environment"))
+        for variable in URLS:
+            if values.get(variable):
+                values[variable] = without_credentials(values[variable])
         problems += value_checks.check(name, values)
-        return Host(name, values, {}, str(raw.get("ansible_host") or name)), problems
+        return Host(name, values, {}, str(raw.get("ansible_host") or name)), masked(problems, hidden)
+
+    def secrets(self, host: str) -> set[str]:
+        """Return the plain texts of all vaulted values of a host."""
+        if host not in self._secrets:
+            self._secrets[host] = vaulted.of_host(self.raw(host))
+        return self._secrets[host]
+
+    def all_secrets(self, hosts: t.Iterable[str]) -> set[str]:
+        """Return the plain texts of all vaulted values of several hosts; a sentence may compare them."""
+        found: set[str] = set()
+        for host in hosts:
+            try:
+                found |= self.secrets(host)
+            except Exception:  # a file of the inventory that cannot be read, which is a problem of its own
+                continue
+        return found
+
+    def value(self, host: str, variable: str) -> t.Any:
+        """Return the typed value of one variable, which may be a secret.
+
+        Raises:
+            AnsibleError: it cannot be read, which the plan has said already.
+        """
+        raw, templar = self.environment(host)
+        given = raw.get(variable)
+        value, problem = self._read(host, variable, self._catalog.defaults.get(variable) if given is None else given, templar)
+        if problem:
+            raise AnsibleError(masked([problem], self.secrets(host))[0].sentence())
+        return value
+
+    def credentials(self, host: str) -> dict[str, str]:
+        """Return C(user:password) by URL of the variables that have them; a secret."""
+        found: dict[str, str] = {}
+        for variable in URLS:
+            if variable in self._catalog.specs:
+                found.update(credentials_of(self.value(host, variable) or []))
+        return found
 
     def _read(self, host: str, variable: str, value: t.Any, templar: t.Any) -> tuple[t.Any, Problem | None]:
         """Return the typed value of a variable, or the problem with it."""
         try:
             value = templar.template(value)
         except Exception as error:  # whatever a template or a secret raises, the user gets a sentence
-            return None, unreadable(host, variable, error)
+            return None, unreadable(host, variable, error, self._catalog.specs[variable].get("no_log", False))
         value, expected = checks.convert(given := value, self._catalog.specs[variable])
         if expected:
-            text = f"{variable} is {checks.shown(given)}, but {expected} was expected"
+            what = checks.kind_of(given) if self._catalog.specs[variable].get("no_log") else checks.shown(given)
+            text = f"{variable} is {what}, but {expected} was expected"
             return None, Problem(host, variable, text, f"correct {variable} in the inventory")
         return value, None
 
 
-def unreadable(host: str, variable: str, error: Exception) -> Problem:
-    """Return the problem of a value that Ansible cannot read: a secret without its key, or a broken template."""
+def credentials_of(value: t.Any) -> dict[str, str]:
+    """Return C(user:password) of a URL, or of each of a list, by the URL without them."""
+    urls = [secret_texts.split_url(str(url)) for url in (value if isinstance(value, (list, tuple)) else [value])]
+    return {plain: userinfo for plain, userinfo in urls if userinfo}
+
+
+def without_credentials(value: t.Any) -> t.Any:
+    """Return a URL, or each of a list, without user and password."""
+    if isinstance(value, (list, tuple)):
+        return [without_credentials(entry) for entry in value]
+    return secret_texts.split_url(str(value))[0]
+
+
+def unreadable(host: str, variable: str, error: Exception, secret: bool = False) -> Problem:
+    """Return the problem of a value that Ansible cannot read: a secret without its key, or a broken template.
+
+    What is wrong with a template of a secret is told only where it is a name that is not known.
+    """
     reason = " ".join(str(error).split())
     if "vault" in reason.lower() or "decrypt" in reason.lower():
         text = f"{variable} is encrypted and cannot be read"
         return Problem(host, variable, text, "give the right key with --vault-password-file or --ask-vault-pass")
+    if secret:
+        reason = ", ".join(re.findall(r"'\w+' is undefined", reason)) or "its template is wrong"
     reason = reason if len(reason) <= 160 else reason[:159] + "…"
     return Problem(host, variable, f"{variable} cannot be read ({reason.rstrip('.')})", "correct the expression")

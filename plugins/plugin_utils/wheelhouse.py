@@ -16,6 +16,8 @@ import sys
 import tempfile
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
+
 # The oldest C library that today's wheels are built for (manylinux2014, PEP 599).
 OLDEST_GLIBC_MINOR = 17
 
@@ -34,6 +36,7 @@ class Wanted(t.NamedTuple):
         extra: further indexes.
         constraints: requirements that limit versions and ask for nothing.
         lock: text of a requirements file with a hash for every package, which replaces the requirements; empty for none.
+        credentials: C(user:password) of indexes by URL. The URLs themselves have none.
     """
 
     requirements: tuple[str, ...]
@@ -42,9 +45,15 @@ class Wanted(t.NamedTuple):
     extra: tuple[str, ...] = ()
     constraints: tuple[str, ...] = ()
     lock: str = ""
+    credentials: t.Mapping[str, str] = {}
+
+    @property
+    def secrets(self) -> set[str]:
+        """Return all texts by which the credentials could show."""
+        return set().union(*(secret_texts.of_userinfo(userinfo) for userinfo in self.credentials.values()))
 
 
-def wanted_of(arguments: t.Mapping[str, t.Any]) -> Wanted:
+def wanted_of(arguments: t.Mapping[str, t.Any], credentials: t.Mapping[str, str] = {}) -> Wanted:
     """Return what the control node downloads for the arguments of pytorch_environment.
 
     With the source C(index) the nodes fetch for themselves and get uv alone, which comes from the same index: a cluster with
@@ -52,7 +61,7 @@ def wanted_of(arguments: t.Mapping[str, t.Any]) -> Wanted:
     """
     index = str(arguments.get("index_url") or "")
     if arguments.get("source", "wheelhouse") != "wheelhouse":
-        return Wanted((), arguments["platform"], index)
+        return Wanted((), arguments["platform"], index, credentials=credentials)
     return Wanted(
         tuple(arguments["requirements"]),
         arguments["platform"],
@@ -60,6 +69,7 @@ def wanted_of(arguments: t.Mapping[str, t.Any]) -> Wanted:
         tuple(arguments.get("extra_index_urls") or []),
         tuple(arguments.get("constraints") or []),
         str(arguments.get("lock") or ""),
+        credentials,
     )
 
 
@@ -88,11 +98,18 @@ def command(folder: str, wanted: Wanted) -> list[str]:
     words += ["--implementation", "cp", "--python-version", minor]
     for tag in platforms(wanted.platform["architecture"], wanted.platform["glibc"]):
         words += ["--platform", tag]
-    if wanted.index:
-        words += ["--index-url", wanted.index]
-    for url in wanted.extra:
-        words += ["--extra-index-url", url]
     return words
+
+
+def environment(wanted: Wanted) -> dict[str, str]:
+    """Return what pip is told of indexes. Everybody can read a command line, but nobody else an environment."""
+    urls = [secret_texts.with_credentials(url, wanted.credentials) for url in wanted.extra]
+    index = secret_texts.with_credentials(wanted.index, wanted.credentials)
+    return {
+        **({"PIP_INDEX_URL": index} if index else {}),
+        **({"PIP_EXTRA_INDEX_URL": " ".join(urls)} if urls else {}),
+        "PIP_NO_INPUT": "1",  # a refused user is an error, no question
+    }
 
 
 def download(folder: str, wanted: Wanted) -> None:
@@ -109,12 +126,18 @@ def download(folder: str, wanted: Wanted) -> None:
             limits = ["--constraint", write(scratch, "constraints.txt", "\n".join(wanted.constraints) + "\n")] if wanted.constraints else []
             calls[0] = [*limits, *wanted.requirements, "uv"]
         for what in calls:
+            # Only pip's log tells that an index has refused it.
+            log = os.path.join(scratch, "pip.log")
+            words = [*command(folder, wanted), "--log", log, *what]
             try:
-                answer = subprocess.run([*command(folder, wanted), *what], capture_output=True, text=True, check=False)
+                answer = subprocess.run(
+                    words, capture_output=True, text=True, check=False, env={**os.environ, **environment(wanted)}, stdin=subprocess.DEVNULL
+                )
             except OSError as error:
                 raise WheelhouseError(f"pip cannot be started on the control node ({error})") from error
             if answer.returncode != 0:
-                raise WheelhouseError(reason(answer.stderr, wanted))
+                sentence = refused(read(log), wanted) or reason(answer.stderr, wanted)
+                raise WheelhouseError(secret_texts.masked(secret_texts.redacted(sentence), wanted.secrets, secret_texts.HIDDEN))
 
 
 def write(folder: str, name: str, text: str) -> str:
@@ -123,6 +146,39 @@ def write(folder: str, name: str, text: str) -> str:
     with open(path, "w", encoding="utf-8") as stream:
         stream.write(text)
     return path
+
+
+def read(path: str) -> str:
+    """Return the text of a file, empty where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return stream.read()
+    except OSError:
+        return ""
+
+
+def refused(log: str, wanted: Wanted) -> str:
+    """Return the sentence for an index that has refused the user, empty where none has.
+
+    Some indexes, torch's own among them, answer 403 for every package that they do not have; so without a user that says
+    nothing.
+    """
+    for url, status in re.findall(r"Could not fetch URL (\S+?): (40[13]) ", log):
+        plain = re.sub(r"//[^/]*@", "//", url)
+        index = next((place for place in (wanted.index, *wanted.extra) if place and plain.startswith(place.rstrip("/") + "/")), "")
+        known = secret_texts.with_credentials(index, wanted.credentials) != index
+        if index and (known or status == "401"):
+            return refusal(index, status, known, "pytorch_index_url" if index == wanted.index else "pytorch_extra_index_urls")
+    return ""
+
+
+def refusal(index: str, status: str, known: bool, variable: str) -> str:
+    """Return the sentence for an index that refuses the user."""
+    if status == "403":
+        return f"the index {index} refuses access to the user of {variable} (403); let that user read it, or give another one"
+    if known:
+        return f"the index {index} refuses the user or password of {variable} (401); correct them"
+    return f"the index {index} wants a user and password (401); put them into {variable}, as in https://USER:PASSWORD@HOST/simple"
 
 
 def reason(text: str, wanted: Wanted) -> str:

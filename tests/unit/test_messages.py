@@ -374,7 +374,7 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
     "environment is no mapping": (
         lambda: read(torchrun_environment=["A=1"]),
         [
-            "n1: torchrun_environment is ['A=1'], but a mapping of names to values was expected; "
+            "n1: torchrun_environment is a list, but a mapping of names to values was expected; "
             "correct torchrun_environment in the inventory."
         ],
     ),
@@ -433,7 +433,7 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
     ),
     "value in the environment": (
         lambda: read(torchrun_environment={"A": True}),
-        ["n1: torchrun_environment gives A the value True, but text or a number was expected; put it in quotes."],
+        ["n1: torchrun_environment gives A true or false, but text or a number was expected; put it in quotes."],
     ),
     "control character in the environment": (
         lambda: read(torchrun_environment={"A": "b\x07"}),

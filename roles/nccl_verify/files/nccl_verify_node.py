@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import glob
+import hmac
 import json
 import os
 import platform
@@ -229,6 +230,10 @@ class Node:
         """Note what is wrong with this node itself."""
         self.problems.append({"check": check, "text": text})
 
+    def alike(self, value: str) -> str:
+        """Return what is the same on all nodes of this run where the value is, and does not tell it."""
+        return hmac.new(self.token.encode(), value.encode(errors="surrogateescape"), "sha256").hexdigest()[:12]
+
     async def listen(self) -> None:
         """Open the ports that peers will try."""
         kinds = [("verifier", [self.config["ports"]["verifier"]]), ("ephemeral", self.config["ports"]["ephemeral"])]
@@ -377,7 +382,8 @@ class Node:
         self.report = {
             "facts": await about,
             "versions": await found,
-            "nccl_environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
+            # Values may be secrets, and reports are kept: what is told is whether nodes have the same.
+            "nccl_environment": {name: self.alike(value) for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")},
             "problems": self.problems,
         }
         if not self.report["versions"]["torch"]:
