@@ -23,7 +23,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     verify_text,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, verify_page, verify_store
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs, verify_page, verify_store
 
 display = Display()
 MODULE = "onprem.torch.nccl_all_reduce"
@@ -213,9 +213,10 @@ class ActionModule(ActionBase):
         self, state: str, told: dict[str, t.Any], task_vars: dict[str, t.Any], programs: dict[str, str] | None = None
     ) -> dict[str, t.Any]:
         """Run the module on the node; what keeps it from running is a finding too, so that all nodes are named at once."""
-        arguments = {"state": state, "launch": told, "programs": programs or {}}
+        arguments = {"state": state, "launch": told, "programs": programs or {}, "run": runs.carried(task_vars)}
         try:
-            answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+            with given_up.ends_with_task():
+                answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         except AnsibleConnectionFailure as error:
             answer = {"unreachable": True, "msg": str(error)}
         except AnsibleError as error:

@@ -138,6 +138,10 @@ options:
     description: What this node runs; set by the action plugin.
     type: dict
     default: {}
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -268,7 +272,7 @@ import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import node_facts, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import node_facts, node_lock, run_lease, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
@@ -280,6 +284,7 @@ class Verification:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.launch = module.params["launch"]
+        self.run = module.params["run"]
         self.folder = verify_config.FOLDER
 
     def systemctl(self, *words: str) -> str:
@@ -290,6 +295,14 @@ class Verification:
     def state(self) -> str:
         """Return ActiveState of the unit."""
         return self.systemctl("show", "--property=ActiveState", "--value").strip()
+
+    def busy(self) -> bool:
+        """Return whether a verification is there, of whatever run."""
+        return self.state() in ("active", "activating", "deactivating", "reloading")
+
+    def owner(self) -> str:
+        """Return for whom the unit runs."""
+        return self.systemctl("show", "--property=Description", "--value").strip()
 
     def prepared(self) -> dict[str, object]:
         """Write the programs and return what can be said before anything starts."""
@@ -308,13 +321,16 @@ class Verification:
                 problems.append(f"{python} has no torch; provision the nodes first or correct pytorch_environment")
             elif self.launch["backend"] == "nccl" and "+cpu" in version:
                 problems.append(f"torch {version} has no NCCL, but nccl_verify_backend is nccl; install a torch for CUDA or set gloo")
+        if self.busy() and not self.run:
+            # With a lease of this node, whoever began it has ended or was taken over.
+            problems.append(f"a verification runs already ({self.owner()}); wait for it, or end it with systemctl stop {verify_config.UNIT}")
         if not problems and account:
             self.write_programs(account)
         return {"problems": problems, "ephemeral_ports": node_facts.ephemeral_ports()}
 
     def write_programs(self, account: pwd.struct_passwd) -> None:
         """Put the programs into a fresh folder; what an interrupted verification left is ended and removed."""
-        if self.state() in ("active", "activating", "deactivating"):
+        if self.busy():
             self.systemctl("stop")
         shutil.rmtree(self.folder, ignore_errors=True)
         os.makedirs(self.folder, mode=0o700)
@@ -332,6 +348,7 @@ class Verification:
         account = pwd.getpwnam(self.launch["user"])
         os.chown(path, account.pw_uid, account.pw_gid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
+        words.append(f"--description=Verification of {run_lease.described(self.run) if self.run else 'a run without a lease'}")
         words += [f"--property={line}" for line in self.launch["properties"]]
         words += [f"--setenv={name}={value}" for name, value in self.launch["environment"].items()]
         words += ["/usr/bin/python3", os.path.join(self.folder, NODE_PROGRAM), self.folder]
@@ -344,11 +361,14 @@ class Verification:
     def collected(self) -> dict[str, object]:
         """Wait until the unit is gone, and return what it left; nothing of it stays."""
         end = time.monotonic() + self.launch["seconds"]
-        while self.state() in ("active", "activating", "deactivating", "reloading"):
+        while self.busy():
+            # What runs now may be another run's, which has taken the node over.
+            run_lease.require(self.run)
             if time.monotonic() > end:
                 self.systemctl("stop")  # RuntimeMaxSec should have done so
                 break
             time.sleep(POLL_SECONDS)
+        run_lease.require(self.run)
         text = node_facts.read_text(os.path.join(self.folder, "result.json"))
         result = json.loads(text) if text else {}
         journal = ""
@@ -397,6 +417,7 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}},
             "programs": {"type": "dict", "default": {}},
             "launch": {"type": "dict", "default": {}},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -405,7 +426,12 @@ def main() -> None:
         module.fail_json(msg=f"state {state} runs on the control node; call the module from a play, not alone")
     if module.check_mode:
         module.exit_json(changed=False, skipped=True)
-    module.exit_json(changed=False, **getattr(Verification(module), state)())
+    try:
+        with run_lease.at_work(module.params["run"]):
+            result = getattr(Verification(module), state)()
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"the verification does not go on: {error}")
+    module.exit_json(changed=False, **result)
 
 
 if __name__ == "__main__":

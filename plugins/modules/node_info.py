@@ -11,7 +11,7 @@ short_description: Tell what a node is, for the plan
 version_added: 0.1.0
 description:
   - Reads the distribution, Python, systemd, addresses, listening ports, disk space, clock and the GPU and network
-    hardware of a node. Reads only; needs no NVIDIA driver.
+    hardware of a node. Reads only, except that O(verb) takes the node; needs no NVIDIA driver.
   - The action plugin of this name turns a node that cannot be reached, has no sudo or no Python into a finding in
     C(error), so that the plan can name every such node at once.
 options:
@@ -55,6 +55,21 @@ options:
     description: The Python that torch is to run with.
     type: str
     default: /usr/bin/python3
+  verb:
+    description:
+      - What the run does, such as C(train). The node is taken for the run before it is looked at, unless another run has it;
+        M(onprem.torch.cluster_run) settles that.
+      - Empty for a look that takes nothing. In check mode, and with C(delegate_to), nothing is taken either.
+    type: str
+    default: ""
+  job:
+    description: Name of the job that the run does it for.
+    type: str
+    default: ""
+  run:
+    description: The run that takes the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -74,6 +89,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+run:
+  description: >-
+    Which run has the node: whether this one has C(taken) it, the C(lease), empty for nobody's, and C(silent), the seconds since
+    the last sign of life of whoever has it.
+  returned: success
+  type: dict
 node:
   description: The findings.
   returned: success
@@ -193,7 +214,15 @@ import socket
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, node_facts, node_lock, run_lease
+
+
+def lease(run: dict[str, object]) -> dict[str, object]:
+    """Take the node for a run, and tell who has it. What only root may do is not tried as another user: the plan asks for root."""
+    try:
+        return run_lease.told(run if os.geteuid() == 0 else {})
+    except node_lock.Busy as error:
+        return {"problem": f"the node cannot be taken for this run: {error}"}
 
 
 def main() -> None:
@@ -208,9 +237,14 @@ def main() -> None:
             "checkpoint_glob": {"type": "str", "default": "*"},
             "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "default": "/usr/bin/python3"},
+            "verb": {"type": "str", "default": ""},
+            "job": {"type": "str", "default": ""},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
+    # First of all: what another run changes meanwhile would make the look worthless.
+    run = lease(module.params["run"])
     now = time.time()
     returncode, links, stderr = module.run_command(["ip", "-json", "address"])
     if returncode != 0:
@@ -253,7 +287,7 @@ def main() -> None:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "hardware": hardware.collect(root="/"),
     }
-    module.exit_json(changed=False, node=node)
+    module.exit_json(changed=False, node=node, run=run)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,10 @@ options:
     description: Name and size in bytes of each wheel; set by the action plugin.
     type: dict
     default: {}
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -141,7 +145,7 @@ import shutil
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, launch, node_facts, node_lock, torch_fit
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hardware, launch, node_facts, node_lock, run_lease, torch_fit
 
 # Time that what a killed run has left behind may take to end, in seconds.
 WAIT = 600
@@ -324,9 +328,12 @@ def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
         return result
     try:
         with node_lock.held("pytorch", WAIT) as lock:
+            run_lease.require(module.params["run"])
             # An earlier run that was killed may have ended its work meanwhile.
             if environment.differences(folder, params["requirements"], python_version):
                 build(module, folder, python_version, lock)
+    except (run_lease.Lost, node_lock.Gone) as error:
+        module.fail_json(msg=f"{folder} was not built: {error}")
     except node_lock.Busy as error:
         module.fail_json(msg=f"{folder} cannot be built: {error}; wait for it to end and run the play again")
     result["versions"] = environment.record_of(folder)["versions"]
@@ -357,12 +364,18 @@ def main() -> None:
             "wheelhouse": {"type": "path", "default": "~/.cache/onprem.torch/wheelhouse"},
             "platform": {"type": "dict", "default": {}},
             "wheels": {"type": "dict", "default": {}},
+            "run": {"type": "dict", "default": {}},
         },
         required_if=[(("source"), value, ("environment",)) for value in ("wheelhouse", "index", "existing")],
         supports_check_mode=True,
     )
     provide = {"existing": provide_existing, "distribution": provide_distribution}
-    module.exit_json(**provide.get(module.params["source"], provide_virtual)(module))
+    try:
+        with run_lease.at_work(module.params["run"]):
+            result = provide.get(module.params["source"], provide_virtual)(module)
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"torch was not provided: {error}")
+    module.exit_json(**result)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ options:
     description: Number of releases that are kept for a roll-back.
     type: int
     default: 3
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -136,7 +140,7 @@ import pwd
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, node_lock, source_tree, systemd
+from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, node_lock, run_lease, source_tree, systemd
 
 UNITS = "/etc/systemd/system"
 # Time that the module of a killed run may take to end, in seconds. The longest is a stop, in which the job writes its checkpoint.
@@ -407,14 +411,17 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}, "no_log": True},
             "secret": {"type": "str", "default": "", "no_log": True},
             "keep_releases": {"type": "int", "default": 3},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
     node = Node(module)
     try:
-        with node_lock.held(f"job-{module.params['job']}", WAIT):
+        with node_lock.held(f"job-{module.params['job']}", WAIT), run_lease.at_work(module.params["run"]):
             getattr(node, module.params["state"])()
             result = node.result()
+    except (run_lease.Lost, node_lock.Gone) as error:
+        module.fail_json(msg=f"{node.unit_name} was not changed: {error}")
     except node_lock.Busy as error:
         module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
     module.exit_json(**result)
