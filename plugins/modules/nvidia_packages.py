@@ -151,6 +151,9 @@ attributes:
   diff_mode:
     description: Shows what changes.
     support: full
+  action:
+    description: The action plugin tells for which run this is done.
+    support: full
 """
 
 EXAMPLES = r"""
