@@ -85,10 +85,10 @@ def test_a_module_that_was_given_up_while_it_waited_does_not_stop_the_job(cut, n
     when(lambda: opened(node), "the lock is held")
     held = opened(node)
     (tmp_path / "stop.yml").write_text(STOP)
-    process = play(tmp_path / "stop.yml", *(["-e", "give_up=20"] if way == "timeout" else []))
+    process = play(tmp_path / "stop.yml", *(["-e", "give_up=30"] if way == "timeout" else []))
     when(lambda: opened(node) > held, "the module waits", process)
     if way == "timeout":
-        assert "Timed out after 20" in ended(process, 2)
+        assert "Timed out after 30" in ended(process, 2)
     elif way == "Ctrl-C":
         process.send_signal(signal.SIGINT)
         ended(process)
@@ -103,7 +103,7 @@ def test_other_users_delay_nothing(node, tmp_path):
     node.shell("runuser -u nobody -- sh -c 'mkdir -p /run/lock/onprem.torch-job-demo.lock; mkdir /run/onprem.torch/x 2>/dev/null && exit 9; "
                f"flock --nonblock {LOCK} true 2>/dev/null && exit 9; ln -sf /etc/passwd {LOCK} 2>/dev/null && exit 9; exit 0'")
     (tmp_path / "stop.yml").write_text(STOP)
-    ended(play(tmp_path / "stop.yml", "-e", "give_up=50"), 0)
+    ended(play(tmp_path / "stop.yml", "-e", "give_up=90"), 0)
     assert active(node) == "inactive"
     node.shell("rmdir /run/lock/onprem.torch-job-demo.lock")
 
