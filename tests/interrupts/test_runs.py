@@ -31,7 +31,7 @@ HOLDS = f"""
   gather_facts: false
   any_errors_fatal: true
   tasks:
-    - ansible.builtin.wait_for: {{path: "{{{{ go }}}}", timeout: 300}}
+    - ansible.builtin.wait_for: {{path: "{{{{ go }}}}", timeout: 3000}}
       delegate_to: localhost
       become: false
       run_once: true
