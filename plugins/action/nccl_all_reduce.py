@@ -24,7 +24,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     verify_text,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, terminal, verify_page, verify_store
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs, terminal, verify_page, verify_store
 
 MODULE = "onprem.torch.nccl_all_reduce"
 PROGRAMS = {
@@ -222,9 +222,10 @@ class ActionModule(ActionBase):
         hidden: dict[str, str] | None = None,
     ) -> dict[str, t.Any]:
         """Run the module on the node; what keeps it from running is a finding too, so that all nodes are named at once."""
-        arguments = {"state": state, "launch": told, "programs": programs or {}, **(hidden or {})}
+        arguments = {"state": state, "launch": told, "programs": programs or {}, "run": runs.carried(task_vars), **(hidden or {})}
         try:
-            answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
+            with given_up.ends_with_task():
+                answer = self._execute_module(MODULE, arguments, task_vars=task_vars)
         except AnsibleConnectionFailure as error:
             answer = {"unreachable": True, "msg": str(error)}
         except AnsibleError as error:

@@ -13,7 +13,7 @@ import typing as t
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import connection_errors, folder_access, node_facts, nvidia
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, runs
 
 
 class ActionModule(ActionBase):
@@ -28,7 +28,12 @@ class ActionModule(ActionBase):
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
         name = self._task.delegate_to or task_vars["inventory_hostname"]
-        arguments = dict(self._task.args) or self._questions(str(name), task_vars)
+        arguments = dict(self._task.args)
+        verb, job = str(arguments.pop("verb", "") or ""), str(arguments.pop("job", "") or "")
+        arguments = arguments or self._questions(str(name), task_vars)
+        # Where --limit leaves a node out, nothing of it is changed.
+        if verb and not self._task.delegate_to and not task_vars.get("ansible_check_mode"):
+            arguments["run"] = runs.identity(verb, job)
         before = time.time()
         try:
             answer = self._execute_module("onprem.torch.node_info", arguments, task_vars=task_vars)
@@ -57,7 +62,7 @@ class ActionModule(ActionBase):
         node["clock_offset_seconds"] = min(then - before, 0.0) or max(then - after, 0.0)
         settings = (node.get("hardware") or {}).get("settings") or {}
         node["control_node"] = node_facts.same_machine(node_facts.machine(), node, bool(settings.get("container")))
-        result.update(changed=False, node=node)
+        result.update(changed=False, node=node, run=answer.get("run") or {})
         return result
 
     def _questions(self, name: str, task_vars: dict[str, t.Any]) -> dict[str, t.Any]:

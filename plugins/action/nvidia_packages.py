@@ -1,14 +1,16 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Hands the user and password of a repository to the module, which the plan does not have."""
+"""Hands the module what the plan does not have: a repository's user and password, and the run for which it works."""
 
 from __future__ import annotations
 
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, runs
+
+MODULE = "onprem.torch.nvidia_packages"
 
 
 class ActionModule(ActionBase):
@@ -16,13 +18,14 @@ class ActionModule(ActionBase):
 
     TRANSFERS_FILES = False
     _supports_check_mode = True
+    _supports_diff = True
     _supports_async = False
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module; URLs of its arguments are left without user and password."""
         result = super().run(tmp, task_vars)
         task_vars = task_vars or {}
-        arguments = dict(self._task.args)
+        arguments = {**self._task.args, "run": runs.carried(task_vars)}
         settings = dict(arguments.get("settings") or {})
         repository = dict(settings.get("repository") or {})
         if repository:
@@ -34,5 +37,5 @@ class ActionModule(ActionBase):
                     repository[name] = catalog.without_credentials(repository[name])
             arguments["settings"] = {**settings, "repository": repository}
             arguments["credentials"] = credentials
-        result.update(self._execute_module("onprem.torch.nvidia_packages", arguments, task_vars=task_vars))
+        result.update(self._execute_module(MODULE, arguments, task_vars=task_vars))
         return result

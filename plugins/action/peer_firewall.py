@@ -9,7 +9,7 @@ from typing import Any, Mapping, Optional
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import given_up
+from ansible_collections.onprem.torch.plugins.plugin_utils import given_up, runs
 
 MODULE = "onprem.torch.peer_firewall"
 # Time that the node may take to put the rules back and to answer again, in seconds.
@@ -27,7 +27,7 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         variables = dict(task_vars or {})
         host = variables.get("inventory_hostname", "this host")
-        arguments = dict(self._task.args)
+        arguments = {**self._task.args, "run": runs.carried(variables)}
         with given_up.ends_with_task():
             result: dict[str, Any] = self._execute_module(module_name=MODULE, module_args=arguments, task_vars=variables)
         if result.get("failed"):

@@ -12,7 +12,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables, runs
 
 # What goes with every release, beside its source.
 PROGRAMS = os.path.join(catalog.ROLES, "torchrun", "files")
@@ -71,6 +71,8 @@ class ActionModule(ActionBase):
             problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
         problems = masked(problems, reader.all_secrets(names))
         if problems and arguments["fail"]:
+            held = runs.holding(task_vars.get("ansible_play_hosts_all") or [], task_vars["hostvars"])
+            runs.give_back(self, held, task_vars["hostvars"])
             return failure(result, problems)
         return {**result, **plan, "changed": False, "problems": [problem.as_dict() for problem in problems]}
 

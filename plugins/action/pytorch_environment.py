@@ -9,7 +9,7 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, wheelhouse
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs, wheelhouse
 
 MODULE = "onprem.torch.pytorch_environment"
 
@@ -24,7 +24,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Provide the environment and return the module's answer."""
         result = super().run(tmp, task_vars)
-        arguments = dict(self._task.args)
+        arguments = {**self._task.args, "run": runs.carried(task_vars)}
         if arguments.get("lock"):
             try:
                 with open(arguments["lock"], encoding="utf-8") as stream:

@@ -11,7 +11,7 @@ import typing as t
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import source_tree, systemd
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs
 
 MODULE = "onprem.torch.torchrun_unit"
 
@@ -31,7 +31,7 @@ class ActionModule(ActionBase):
 
     def _provide(self, task_vars: dict[str, t.Any] | None) -> dict[str, t.Any]:
         """Return the module's answer."""
-        arguments = dict(self._task.args)
+        arguments = {**self._task.args, "run": runs.carried(task_vars)}
         if arguments.get("state") == "started":
             arguments["environment"] = self._environment(task_vars or {})
         answer = self._execute_module(MODULE, arguments, task_vars=task_vars)

@@ -146,6 +146,10 @@ options:
     description: What tells this run's connections from a stranger's; set by the action plugin.
     type: str
     default: ""
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -275,7 +279,7 @@ import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, safe_files, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, node_lock, run_lease, safe_files, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
@@ -291,6 +295,7 @@ class Verification:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.launch = module.params["launch"]
+        self.run = module.params["run"]
         self.folder = verify_config.FOLDER
 
     def systemctl(self, *words: str) -> str:
@@ -301,6 +306,14 @@ class Verification:
     def state(self) -> str:
         """Return ActiveState of the unit."""
         return self.systemctl("show", "--property=ActiveState", "--value").strip()
+
+    def busy(self) -> bool:
+        """Return whether a verification is there, of whatever run."""
+        return self.state() in ("active", "activating", "deactivating", "reloading")
+
+    def owner(self) -> str:
+        """Return for whom the unit runs."""
+        return self.systemctl("show", "--property=Description", "--value").strip()
 
     def prepared(self) -> dict[str, object]:
         """Write the programs and return what can be said before anything starts."""
@@ -317,6 +330,9 @@ class Verification:
                 problems.append(f"{python} has no torch; provision the nodes first or correct pytorch_environment")
             elif self.launch["backend"] == "nccl" and "+cpu" in version:
                 problems.append(f"torch {version} has no NCCL, but nccl_verify_backend is nccl; install a torch for CUDA or set gloo")
+        if self.busy() and not self.run:
+            # With a lease of this node, whoever began it has ended or was taken over.
+            problems.append(f"a verification runs already ({self.owner()}); wait for it, or end it with systemctl stop {verify_config.UNIT}")
         if not problems and who:
             self.write_programs(who)
         return {"problems": problems, "ephemeral_ports": node_facts.ephemeral_ports()}
@@ -326,7 +342,7 @@ class Verification:
 
         Only the folder below it, for the results, belongs to the job's user.
         """
-        if self.state() in ("active", "activating", "deactivating"):
+        if self.busy():
             self.systemctl("stop")
         self.remove()
         os.mkdir(self.folder, 0o755)
@@ -350,6 +366,7 @@ class Verification:
         config = {**self.launch["config"], "token": self.module.params["token"]}
         safe_files.write_new(os.path.join(self.folder, "config.json"), json.dumps(config), 0o640, who.gid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
+        words.append(f"--description=Verification of {run_lease.described(self.run) if self.run else 'a run without a lease'}")
         words += [f"--property={line}" for line in self.launch["properties"]]
         # Command lines and a unit's properties are for everybody to read, so that the environment is in a file of root's.
         environment.write_atomically(ENVIRONMENT_FILE, self.module.params["environment_file"], 0o600)
@@ -364,11 +381,14 @@ class Verification:
     def collected(self) -> dict[str, object]:
         """Wait until the unit is gone, and return what it left; nothing of it stays."""
         end = time.monotonic() + self.launch["seconds"]
-        while self.state() in ("active", "activating", "deactivating", "reloading"):
+        while self.busy():
+            # What runs now may be another run's, which has taken the node over.
+            run_lease.require(self.run)
             if time.monotonic() > end:
                 self.systemctl("stop")  # RuntimeMaxSec should have done so
                 break
             time.sleep(POLL_SECONDS)
+        run_lease.require(self.run)
         result = self.result()
         journal = ""
         if not result:
@@ -430,6 +450,7 @@ def main() -> None:
             # Not in launch, since modules write their arguments to the node's journal.
             "environment_file": {"type": "str", "default": "", "no_log": True},
             "token": {"type": "str", "default": "", "no_log": True},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
@@ -440,10 +461,13 @@ def main() -> None:
         module.exit_json(changed=False, skipped=True)
     os.umask(0o022)  # a node's own may hide the programs from the job's user
     try:
-        found = getattr(Verification(module), state)()
+        with run_lease.at_work(module.params["run"]):
+            result = getattr(Verification(module), state)()
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"the verification does not go on: {error}")
     except (OSError, safe_files.Unsafe) as error:
         module.fail_json(msg=f"{verify_config.FOLDER} cannot be used ({error}); remove it and verify again")
-    module.exit_json(changed=False, **found)
+    module.exit_json(changed=False, **result)
 
 
 if __name__ == "__main__":

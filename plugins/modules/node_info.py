@@ -11,7 +11,7 @@ short_description: Tell what a node is, for the plan
 version_added: 0.1.0
 description:
   - Reads the distribution, Python, systemd, addresses, listening ports, disk space, clock and the GPU and network
-    hardware of a node. Reads only; needs no NVIDIA driver.
+    hardware of a node. Reads only, except that O(verb) takes the node; needs no NVIDIA driver.
   - The action plugin of this name turns a node that cannot be reached, has no sudo or no Python into a finding in
     C(error), so that the plan can name every such node at once.
 options:
@@ -66,6 +66,21 @@ options:
     description: The Python that torch is to run with.
     type: str
     default: /usr/bin/python3
+  verb:
+    description:
+      - What the run does, such as C(train). The node is taken for the run before it is looked at, unless another run has it;
+        M(onprem.torch.cluster_run) settles that.
+      - Empty for a look that takes nothing. In check mode, and with C(delegate_to), nothing is taken either.
+    type: str
+    default: ""
+  job:
+    description: Name of the job that the run does it for.
+    type: str
+    default: ""
+  run:
+    description: The run that takes the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -85,6 +100,12 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+run:
+  description: >-
+    Which run has the node: whether this one has C(taken) it, the C(lease), empty for nobody's, and C(silent), the seconds since
+    the last sign of life of whoever has it.
+  returned: success
+  type: dict
 node:
   description: The findings.
   returned: success
@@ -214,7 +235,16 @@ import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, folder_access, hardware, hostile_input, node_facts, safe_files
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    apt_state,
+    folder_access,
+    hardware,
+    hostile_input,
+    node_facts,
+    node_lock,
+    run_lease,
+    safe_files,
+)
 
 
 # Files of the job's or a user's, which are read with the rights of the job's user, or of root where it is yet to be made.
@@ -240,6 +270,14 @@ def python_version(python: str, who: safe_files.Account | None) -> str:
     return output.strip()[:40] if status == 0 else ""
 
 
+def lease(run: dict[str, object]) -> dict[str, object]:
+    """Take the node for a run, and tell who has it. What only root may do is not tried as another user: the plan asks for root."""
+    try:
+        return run_lease.told(run if os.geteuid() == 0 else {})
+    except node_lock.Busy as error:
+        return {"problem": f"the node cannot be taken for this run: {error}"}
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -254,9 +292,14 @@ def main() -> None:
             "checkpoint_glob": {"type": "str", "default": "*"},
             "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "default": "/usr/bin/python3"},
+            "verb": {"type": "str", "default": ""},
+            "job": {"type": "str", "default": ""},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
+    # First of all: what another run changes meanwhile would make the look worthless.
+    run = lease(module.params["run"])
     now = time.time()
     returncode, links, stderr = module.run_command(["ip", "-json", "address"])
     if returncode != 0:
@@ -304,7 +347,7 @@ def main() -> None:
         "hardware": hardware.collect(root="/"),
     }
     # Users of the node choose the names of their processes and files.
-    module.exit_json(changed=False, node=hostile_input.tidy(node, 1 << 20, lines=True))
+    module.exit_json(changed=False, node=hostile_input.tidy(node, 1 << 20, lines=True), run=run)
 
 
 if __name__ == "__main__":

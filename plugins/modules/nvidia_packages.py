@@ -9,6 +9,10 @@ DOCUMENTATION = r"""
 module: nvidia_packages
 short_description: Keep a set of packages of NVIDIA's apt repository at one exact version
 version_added: 0.1.0
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 description:
@@ -152,7 +156,7 @@ attributes:
     description: Shows what changes.
     support: full
   action:
-    description: The action plugin hands over the user and password of a repository.
+    description: The action plugin hands over the user and password of a repository, and tells for which run this is done.
     support: full
 """
 
@@ -200,7 +204,7 @@ reboot_reason:
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, node_lock, run_lease
 from ansible_collections.onprem.torch.plugins.module_utils.packages_apt import Apt
 from ansible_collections.onprem.torch.plugins.module_utils.packages_driver import Driver
 from ansible_collections.onprem.torch.plugins.module_utils.packages_files import Files
@@ -301,11 +305,16 @@ def main() -> None:
             "credentials": {"type": "dict", "default": {}, "no_log": True},
             "loaded": {"type": "bool", "default": False},
             "lock_timeout": {"type": "int", "default": 300},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
     os.umask(0o022)  # apt reads keys and sources as a user of its own
-    bring(Run(module))
+    try:
+        with run_lease.at_work(module.params["run"]):
+            bring(Run(module))
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"no package was changed: {error}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ DOCUMENTATION = r"""
 module: peer_firewall
 short_description: Let a job's peers through a node's firewall, and only them
 version_added: "0.1.0"
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 description:
@@ -174,6 +178,7 @@ problems:
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.onprem.torch.plugins.module_utils import node_lock, run_lease
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_apply import Request, carry_out
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_rollback import confirm
@@ -201,6 +206,7 @@ def main() -> None:
             "backend": {"type": "str", "choices": ["auto", "nftables", "firewalld", "ufw"], "default": "auto"},
             "rollback_after": {"type": "int", "default": 60},
             "confirm": {"type": "str"},
+            "run": {"type": "dict", "default": {}},
         },
         required_if=[("state", "present", ("job",))],
         supports_check_mode=True,
@@ -210,11 +216,13 @@ def main() -> None:
         if module.params["confirm"]:
             result = confirm(node, module.params["confirm"])
         else:
-            arguments = {name: value for name, value in module.params.items() if name != "confirm"}
+            arguments = {name: value for name, value in module.params.items() if name not in ("confirm", "run")}
+            if module.params["state"] != "verified":
+                run_lease.require(module.params["run"])
             result = carry_out(node, Request(**arguments), check_mode=module.check_mode)
     except SpecError as error:
         module.fail_json(msg=" ".join(error.problems), problems=error.problems)
-    except NodeError as error:
+    except (NodeError, node_lock.Busy) as error:
         module.fail_json(msg=str(error), problems=[str(error)])
     module.exit_json(**result)
 

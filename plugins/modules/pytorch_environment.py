@@ -103,6 +103,10 @@ options:
     description: Name and size in bytes of each wheel; set by the action plugin.
     type: dict
     default: {}
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -163,6 +167,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     launch,
     node_facts,
     node_lock,
+    run_lease,
     safe_files,
     secret_texts,
     torch_fit,
@@ -424,9 +429,12 @@ def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
         return result
     try:
         with node_lock.held("pytorch", WAIT) as lock:
+            run_lease.require(module.params["run"])
             # An earlier run that was killed may have ended its work meanwhile.
             if environment.differences(folder, params["requirements"], python_version):
                 build(module, folder, python_version, lock)
+    except (run_lease.Lost, node_lock.Gone) as error:
+        module.fail_json(msg=f"{folder} was not built: {error}")
     except node_lock.Busy as error:
         module.fail_json(msg=f"{folder} cannot be built: {error}; wait for it to end and run the play again")
     result["versions"] = environment.record_of(folder)["versions"]
@@ -460,6 +468,7 @@ def main() -> None:
             "wheelhouse": {"type": "path", "default": "~/.cache/onprem.torch/wheelhouse"},
             "platform": {"type": "dict", "default": {}},
             "wheels": {"type": "dict", "default": {}},
+            "run": {"type": "dict", "default": {}},
         },
         required_if=[(("source"), value, ("environment",)) for value in ("wheelhouse", "index", "existing")],
         supports_check_mode=True,
@@ -467,7 +476,10 @@ def main() -> None:
     os.umask(0o022)  # a node's own may hide from the job's user what is there for it
     provide = {"existing": provide_existing, "distribution": provide_distribution}
     try:
-        result = provide.get(module.params["source"], provide_virtual)(module)
+        with run_lease.at_work(module.params["run"]):
+            result = provide.get(module.params["source"], provide_virtual)(module)
+    except node_lock.Busy as error:
+        module.fail_json(msg=f"torch was not provided: {error}")
     except safe_files.Unsafe as error:
         module.fail_json(msg=f"{error}; set pytorch_root to a folder that only root can change")
     module.exit_json(**result)

@@ -92,6 +92,10 @@ options:
     description: Number of releases that are kept for a roll-back.
     type: int
     default: 3
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -147,6 +151,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     launch,
     needrestart,
     node_lock,
+    run_lease,
     safe_files,
     source_tree,
 )
@@ -462,15 +467,18 @@ def main() -> None:
             "environment": {"type": "str", "default": "", "no_log": True},
             "secret": {"type": "str", "default": "", "no_log": True},
             "keep_releases": {"type": "int", "default": 3},
+            "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,
     )
     os.umask(0o022)  # a node's own may hide from the job's user what is there for it
     node = Node(module)
     try:
-        with node_lock.held(f"job-{module.params['job']}", WAIT):
+        with node_lock.held(f"job-{module.params['job']}", WAIT), run_lease.at_work(module.params["run"]):
             getattr(node, module.params["state"])()
             result = node.result()
+    except (run_lease.Lost, node_lock.Gone) as error:
+        module.fail_json(msg=f"{node.unit_name} was not changed: {error}")
     except node_lock.Busy as error:
         module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
     except safe_files.Unsafe as error:
