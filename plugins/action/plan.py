@@ -16,6 +16,8 @@ from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, conne
 
 # What goes with every release, beside its source.
 PROGRAMS = os.path.join(catalog.ROLES, "torchrun", "files")
+# The supervisor imports it, so it lies beside it in each release (roles/torchrun/vars/main.yml).
+READER = os.path.join(os.path.dirname(catalog.ROLES), "plugins", "module_utils", "hostile_input.py")
 
 
 class ActionModule(ActionBase):
@@ -122,7 +124,7 @@ class ActionModule(ActionBase):
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
         script = str(host.variables.get("torchrun_script") or "")
-        programs = source_tree.tree_hash(source_tree.files(PROGRAMS))
+        programs = source_tree.tree_hash({**source_tree.files(PROGRAMS), **source_tree.files(READER)})
         if not source:
             text = f"{variable} is not set, but a script, a project folder or remote:PATH was expected"
             missing = Problem("", variable, text, f"set {variable} for the group")

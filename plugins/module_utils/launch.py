@@ -10,6 +10,8 @@ import typing as t
 
 # Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
 FINAL_EXIT_CODES = (2, 10)
+# That of a supervisor that leaves for a while; systemd starts it again, unless it has ended the unit itself.
+AGAIN_EXIT_CODE = 75
 MIB = 1024**2
 # Where units and their secrets lie.
 SETTINGS = "/etc/torchrun"
@@ -58,6 +60,7 @@ def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[s
         "mounts": list(dict.fromkeys(mounts)),
         "protect_home": not in_home,
         "final_exit_codes": list(FINAL_EXIT_CODES),
+        "again_exit_code": AGAIN_EXIT_CODE,
         "service_properties": list(SERVICE_PROPERTIES),
     }
 

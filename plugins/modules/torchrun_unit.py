@@ -136,7 +136,7 @@ import pwd
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, node_lock, source_tree, systemd
+from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, needrestart, node_lock, source_tree, systemd
 
 UNITS = "/etc/systemd/system"
 # Time that the module of a killed run may take to end, in seconds. The longest is a stop, in which the job writes its checkpoint.
@@ -250,6 +250,8 @@ class Node:
             self.keep_folder(path, "root")
         for path in params["folders"]:
             self.keep_folder(path, params["user"])
+        self.keep_folder(needrestart.FOLDER, "root")  # also where needrestart is not installed yet
+        self.keep_file(needrestart.PATH, needrestart.TEXT, 0o644)
         if params["secret"]:
             path = os.path.join(launch.SETTINGS, f"{params['job']}.secret")
             # Supervisors read the secret once, so a new one needs their restart.
@@ -339,7 +341,8 @@ class Node:
         """Remove what the job does not need to be looked at or resumed."""
         self.stopped()
         params = self.params
-        leftovers = [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret"))]
+        leftovers = [] if needrestart.jobs_left(UNITS, self.unit_name) else [needrestart.PATH]
+        leftovers += [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret"))]
         leftovers += [os.path.join(params["root"], name) for name in ("current", "releases", "work", "cache", "state")]
         for path in leftovers:
             if not os.path.lexists(path):

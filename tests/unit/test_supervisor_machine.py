@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 import pytest
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -30,6 +30,7 @@ class Node:
     def __init__(self, rank):
         self.rank = rank
         self.powered = self.wired = True
+        self.paused = False         # the supervisor gets no time: SIGSTOP, a swap storm, a virtual machine that stands still
         self.member = None
         self.alive = None           # the generation whose processes are alive
         self.dies_at = None         # a torchrun that has been told to end
@@ -70,7 +71,7 @@ class World:
             node.code = 0
             return
         node.member = supervisor.Member(f"lab{node.rank + 1}", len(self.nodes), "r1", self.limits, node.disk["generation"])
-        node.session, node.checkpoints, node.lines = None, 0, 0
+        node.session, node.checkpoints, node.lines, node.paused = None, 0, 0, False
         if node.rank == 0:
             kept = node.disk.get("kept", {})
             self.coordinator = supervisor.Coordinator(len(self.nodes), self.limits, "r1", node.disk["generation"],
@@ -118,7 +119,8 @@ class World:
     # time
 
     def reachable(self, node):
-        return node.rank == 0 or (node.wired and node.powered and self.nodes[0].wired and self.nodes[0].powered)
+        first = self.nodes[0]
+        return node.rank == 0 or (node.wired and node.powered and first.wired and first.powered and not first.paused)
 
     def run(self, seconds):
         for _step in range(int(seconds / STEP)):
@@ -127,12 +129,14 @@ class World:
             self.check()
 
     def step(self):
-        if self.coordinator:
-            self.coordinator.tick(self.now)
+        if self.coordinator and not self.nodes[0].paused:
+            self.coordinator.tick(self.now)     # before anything is heard: the worst order
         for node in self.nodes:
             if node.member is None:
                 if node.powered:
                     self.boot(node)
+                continue
+            if node.paused:
                 continue
             self.processes(node)
             self.talk(node)
@@ -160,7 +164,7 @@ class World:
         """Reports and orders, as Supervisor carries them."""
         report = dict(node.member.report(), checkpoints=node.checkpoints, lines=node.lines, checkpoint=None)
         if node.rank == 0:
-            self.coordinator.report(0, 0, report, self.now)
+            self.coordinator.hear(0, 0, report, self.now)
             node.member.receive(self.coordinator.order())
             return
         if self.reachable(node) and self.coordinator:
@@ -172,7 +176,7 @@ class World:
             if not seat.connected or seat.session != node.session:      # rank 0 has closed it
                 self.cut(node)
                 return
-            self.coordinator.report(node.rank, node.session, report, self.now)
+            self.coordinator.hear(node.rank, node.session, report, self.now)
             node.member.receive(self.coordinator.order())
             node.heard = self.now
         elif node.session is not None and self.now - node.heard > self.limits.lost_after:
@@ -212,6 +216,8 @@ class World:
                 return
             if node.rank:
                 self.talk(node)     # the last report
+            if node.member.leaving and node.member.why == "shutdown":
+                node.powered = False
             node.code, node.member = action[1], None
             assert node.alive is None, "exit with torchrun alive"
             if node.rank == 0:
@@ -252,7 +258,7 @@ class World:
     def heal(self):
         for node in self.nodes:
             node.powered = node.wired = True
-            node.problems, node.hung = [], False
+            node.problems, node.hung, node.paused = [], False, False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,19 +395,144 @@ def test_stop_gives_the_full_grace():
     assert [node.code for node in world.nodes] == [0, 0]
 
 
+@pytest.mark.parametrize("victims", [[0], [1], [0, 1, 2], [1, 2]])
+@pytest.mark.parametrize("why", ["restart", "signal", "unknown"])
+def test_a_restart_of_units_is_no_stop(victims, why):
+    """systemctl restart, needrestart, kill: every supervisor comes back by itself, and so does the job."""
+    world = World(3)
+    world.run(2)
+    for victim in victims:
+        world.nodes[victim].member.stop(world.now, True, why)
+    world.run(6)
+    assert [node.alive for node in world.nodes] == [2, 2, 2], world.coordinator.text()
+    assert world.coordinator.restarts_left == 2
+    if 0 not in victims:
+        assert world.coordinator.first_cause["reason"] == "restart"
+        assert supervisor.LEAVING[why][1] in world.coordinator.first_cause["text"]
+    world.run(30)
+    assert all(node.disk["done"] for node in world.nodes)
+
+
+def test_a_restart_that_becomes_a_stop():
+    world = World(3)
+    world.run(2)
+    world.nodes[1].stubborn = True
+    world.nodes[1].member.stop(world.now, True, "restart")
+    world.run(1)
+    world.nodes[1].member.stop(world.now, False)
+    world.run(8)
+    assert [node.code for node in world.nodes] == [0, 0, 0]
+    assert not any(node.disk["done"] for node in world.nodes)
+
+
+def test_a_restart_during_a_stop_does_not_wait_for_ever():
+    world = World(3)
+    world.run(2)
+    world.nodes[2].stubborn = True
+    world.nodes[1].member.stop(world.now, True, "restart")
+    world.nodes[2].member.stop(world.now, False)
+    world.run(15)
+    assert [node.code for node in world.nodes] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_shutdown_of_a_node_is_not_a_stop(victim):
     world = World(3)
     world.run(2)
     world.nodes[victim].member.stop(world.now, True)
     world.run(4)
-    assert world.nodes[victim].code == 0
+    assert world.nodes[victim].code == supervisor.EXIT_AGAIN
     assert [node.code for node in world.nodes if node.rank != victim] == [None, None]
-    world.nodes[victim].code = None     # booted again
+    world.nodes[victim].powered = True
     world.run(6)
     assert all(node.alive == 2 for node in world.nodes)
     if victim:
         assert (world.coordinator.first_cause["reason"], world.coordinator.restarts_left) == ("shutdown", 2)
+
+
+def as_it_was_seen(coordinator):
+    """Rank 0 of two nodes stands still after its first report, longer than a node may be silent."""
+    report = dict(supervisor.Member("lab1", 2, "", supervisor.Limits()).report(), checkpoints=0, lines=0, checkpoint=None)
+    coordinator.join(0, 0, 0)
+    coordinator.report(0, 0, report, 0.1)
+    coordinator.tick(6.0)
+    coordinator.report(0, 0, report, 6.0)
+    return report
+
+
+def test_rank_0_never_loses_itself():
+    coordinator = supervisor.Coordinator(2, supervisor.Limits())
+    report = as_it_was_seen(coordinator)
+    assert coordinator.seats[0].connected
+    for moment in range(7, 10 ** 6, 9999):
+        coordinator.tick(moment)
+        coordinator.leave(0, 0, "connection closed", moment)
+        coordinator.tick(moment + 100)
+        assert coordinator.seats[0].connected
+        coordinator.report(0, 0, report, moment + 100)
+    assert [host for host, _text in coordinator.problems()] == ["lab1", "rank 1"]
+
+
+def test_what_rank_0_has_missed_counts_for_nobody():
+    limits = supervisor.Limits()
+    coordinator = supervisor.Coordinator(2, limits)
+    report = as_it_was_seen(coordinator)
+    coordinator.join(1, 1, 6.0)
+    coordinator.report(1, 1, dict(report, host="lab2"), 6.0)
+    coordinator.tick(3600.0)
+    assert coordinator.seats[1].connected, "nobody looked for an hour, so nobody was silent for one"
+    moment = 3600.0
+    while coordinator.seats[1].connected and moment < 3700:
+        moment += 0.5
+        coordinator.tick(moment)
+    assert 3602 < moment < 3606, f"who stays silent afterwards is lost {moment - 3600} s later"
+
+
+@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("seconds", [2, 4.5, 7, 60, 4000])
+def test_a_supervisor_that_stands_still(victim, seconds):
+    world = World(4, train=60.0)
+    world.run(2)
+    world.nodes[victim].paused = True
+    world.run(seconds)
+    world.nodes[victim].paused = False
+    world.run(8)
+    alive = {node.alive for node in world.nodes}
+    assert alive == {1} if seconds < 4 else alive <= {1, 2} and len(alive) == 1, world.coordinator.text()
+    if alive == {2}:
+        cause = world.coordinator.first_cause
+        assert (cause["host"], cause["reason"], cause["charged"]) == (f"lab{victim + 1}", "lost", False)
+        assert victim or "its supervisor stood still for" in cause["text"]
+    world.run(80)
+    assert all(node.disk["done"] for node in world.nodes)
+
+
+def test_a_slow_loop_loses_nobody():
+    """Every turn of rank 0's loop takes 4.9 s, as on a machine that swaps; members report all the time."""
+    world = World(3, train=1000.0)
+    world.run(2)
+    for _turn in range(20):
+        world.nodes[0].paused = True
+        world.run(4.75)
+        world.nodes[0].paused = False
+        world.run(STEP)
+    assert [node.alive for node in world.nodes] == [1, 1, 1]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.5, 3.0, 4.75, 5.25, 9.0, 300.0])), max_size=6))
+def test_a_pause_costs_one_generation_at_most(nnodes, pauses):
+    world = World(nnodes, train=10000.0)
+    world.run(2)
+    for index, seconds in pauses:
+        node, before = world.nodes[index % nnodes], world.coordinator.generation
+        node.paused = True
+        world.run(seconds)
+        node.paused = False
+        world.run(12)
+        assert len({each.alive for each in world.nodes}) == 1 and node.alive is not None, world.coordinator.text()
+        assert node.alive - before <= (1 if seconds > 3.0 and nnodes > 1 else 0)
+        assert world.coordinator.restarts_left == 2, "a pause costs no budget"
 
 
 def test_failing_check_is_named_and_waited_for():
@@ -523,6 +654,10 @@ class AnyFaults(RuleBasedStateMachine):
     def wire(self, index, wired):
         self.node(index).wired = wired
 
+    @rule(index=st.integers(0, 3), paused=st.booleans())
+    def pause(self, index, paused):
+        self.node(index).paused = paused
+
     @rule(index=st.integers(0, 3))
     def progress(self, index):
         node = self.node(index)
@@ -542,16 +677,11 @@ class AnyFaults(RuleBasedStateMachine):
     def check_fails(self, index, bad):
         self.node(index).problems = [{"check": "disk", "text": "full"}] if bad else []
 
-    @rule(index=st.integers(0, 3))
-    def shut_down(self, index):
+    @rule(index=st.integers(0, 3), why=st.sampled_from(sorted(supervisor.LEAVING)))
+    def leave(self, index, why):
+        """A shutdown is followed by power_on; after anything else systemd starts the supervisor again."""
         if self.node(index).member:
-            self.node(index).member.stop(self.world.now, True)
-
-    @rule(index=st.integers(0, 3))
-    def boot_again(self, index):
-        node = self.node(index)
-        if node.code == 0 and not node.disk["done"] and not self.stopped:
-            node.code = None
+            self.node(index).member.stop(self.world.now, True, why)
 
     @rule(index=st.integers(0, 3))
     def stop(self, index):
@@ -568,11 +698,8 @@ class AnyFaults(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
-        world.heal()
         for _attempt in range(4):
-            for node in world.nodes:
-                if node.code == 0 and not node.disk["done"] and not self.stopped:
-                    node.code = None
+            world.heal()        # each time: a shutdown that was asked for last is still to come
             world.run(30)
         results = [(node.code, node.disk["done"]) for node in world.nodes]
         if any(node.code == 10 for node in world.nodes):

@@ -61,7 +61,10 @@ class Gang:
 
     def state(self, rank=0):
         path = self.folder / f"state-{rank}" / "state.json"
-        found = supervisor.read_json(str(path)) or {}
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = {}
         if found:  # those who look at a job know every state that there is
             assert hostile_input.load(str(path.parent), path.name, supervisor_state.STATE)[1] == ""
         return found
@@ -180,13 +183,63 @@ def test_stop_on_one_node_ends_the_job_cleanly_everywhere(gang):
     three = gang(3, steps=1000)
     three.running(1)
     before = {rank: len(list((three.folder / f"checkpoints-{rank}").iterdir())) for rank in range(3)}
-    three.processes[1].terminate()
+    three.processes[1].send_signal(signal.SIGINT)      # Ctrl-C; under systemd that tells, see test_why_ended
     assert three.exits() == [0, 0, 0] and not three.leftovers()
     for rank in range(3):
         assert three.state(rank)["result"] == "stopped"
         assert len(list((three.folder / f"checkpoints-{rank}").iterdir())) > before[rank], "no checkpoint at the stop"
         assert "stopped as requested on lab2" in three.log(rank)
         assert not (three.folder / f"state-{rank}" / "done").exists()
+
+
+def test_sigterm_that_nobody_asked_systemd_for_is_no_stop(gang):
+    two = gang(2, steps=1000)
+    two.running(1)
+    two.processes[1].terminate()
+    assert two.processes[1].wait(20) == supervisor.EXIT_AGAIN
+    assert not alive(two.pid("worker", 1))
+    two.wait(lambda: "lab2: its supervisor was sent SIGTERM" in two.state()["text"] or "lab2: not connected" in two.state()["text"],
+             what="rank 0 waits")
+    two.start(1)
+    two.running(2, step=0)
+    cause = two.state()["first_cause"]
+    assert (cause["host"], cause["reason"], cause["charged"]) == ("lab2", "restart", False)
+
+
+def test_a_unit_started_alone_after_a_stop_says_that_the_job_was_stopped(gang):
+    two = gang(2, steps=1000)
+    two.running(1)
+    two.processes[0].send_signal(signal.SIGINT)
+    assert two.exits() == [0, 0]
+    for rank in (1, 0):
+        two.start(rank)
+        two.wait(lambda: "The job had ended (stopped as requested on lab1); start it on every node" in two.state(rank)["text"],
+                 what=f"the word of rank {rank} alone")
+        two.processes[rank].kill()
+        two.processes[rank].wait()
+    for rank in (0, 1):
+        two.start(rank)
+    two.running(2, step=0)
+    assert "had ended" not in two.state()["text"]
+
+
+@pytest.mark.parametrize("state, jobs, expected", [
+    ("running", "12 torchrun-train.service stop running", "stop"),
+    ("degraded", "11 a.service start running\n12 torchrun-train.service stop running", "stop"),
+    ("running", "12 torchrun-train.service restart running", "restart"),
+    ("running", "12 torchrun-train.service start waiting", "restart"),
+    ("running", "", "signal"),
+    ("running", "No jobs running.", "signal"),
+    ("stopping", "12 torchrun-train.service stop running", "shutdown"),
+    ("", "12 torchrun-train.service stop running", "unknown"),
+    ("running", None, "unknown"),
+    (None, None, "unknown"),
+])
+def test_why_ended(monkeypatch, state, jobs, expected):
+    """What systemd answers; that it does answer so is seen on nodes (tests/faults/test_harm_supervisor.py)."""
+    monkeypatch.setattr(supervisor, "systemctl", lambda *words: state if words[0] == "is-system-running" else jobs)
+    monkeypatch.setattr(supervisor.os.path, "exists", lambda _path: True)
+    assert supervisor.why_ended("torchrun-train.service", patience=0.0) == expected
 
 
 def test_crash_loop_ends_with_the_first_cause(gang):
@@ -239,6 +292,21 @@ def test_silent_member_is_lost(gang):
     two.running(2)
     assert two.state()["first_cause"]["reason"] == "lost"
     assert two.exits() == [0, 0]
+
+
+@pytest.mark.parametrize("seconds", [1.2, 4])
+def test_rank_0_stands_still(gang, seconds):
+    """Shorter than a node may be silent, and longer: the job goes on by itself, and rank 0 is not lost to itself."""
+    two = gang(2, steps=1000)
+    two.running(1)
+    two.processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    two.processes[0].send_signal(signal.SIGCONT)
+    generation = 1 if seconds < 2 else 2
+    two.running(generation, step=5)
+    assert two.state()["generation"] == generation and two.state()["restarts_left"] == 3
+    if generation == 2:
+        assert "lab1: lost: its supervisor stood still for" in two.state()["first_cause"]["text"]
 
 
 def test_second_host_for_a_rank_is_refused(gang):

@@ -15,7 +15,9 @@ Layers, top to bottom of this file
     Supervisor              one selectors loop that ties them together
 
 Exit codes
-    0   the job is done, or its stop was requested (systemctl stop, shutdown of the node)
+    0   the job is done, or its stop was requested (systemctl stop, Ctrl-C)
+    75  this node leaves for a while: a shutdown, a restart of its unit, a bare SIGTERM. systemd starts it again, unless
+        it has itself ended the unit (SuccessExitStatus=75 RestartForceExitStatus=75)
     2   wrong usage or configuration; systemd must not restart it (RestartPreventExitStatus=2 10)
     10  the job failed for good: the restart budget is spent; systemd must not restart it
     1   the supervisor itself failed; systemd restarts it
@@ -36,7 +38,7 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     checkpoint_hosts    hosts on which a checkpoint has been seen, whether they are still there or not
     last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
     first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
-                    signal, error, out of memory, hang, lost, shutdown), error, exit_code, signal, generation, time,
+                    signal, error, out of memory, hang, lost, shutdown, restart), error, exit_code, signal, generation, time,
                     text (one sentence), charged (whether it cost budget)} or null
     history         rank 0 only: the last 20 such causes, oldest first
     result          null, done, stopped or failed
@@ -66,10 +68,21 @@ import threading
 import time
 from typing import Any, Callable, Iterable, Optional
 
-EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED = 0, 1, 2, 10
+# Lies beside this file in a release.
+from hostile_input import LAST_MOMENT, Fields, Flag, ListOf, Maybe, Number, Odd, Shape, Text, check, find, load, parse_json, printable
+
+EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED, EXIT_AGAIN = 0, 1, 2, 10, 75
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
 TAIL_LINES, TAIL_WIDTH = 80, 1000   # what is kept of torchrun's output to tell a cause
 HISTORY = 20
+# Why a node leaves without a stop of the job: (reason of the cause, what happened to the node).
+LEAVING = {
+    "shutdown": ("shutdown", "the node was shut down"),
+    "restart": ("restart", "its unit was restarted"),
+    "signal": ("restart", "its supervisor was sent SIGTERM, though nobody has asked systemd to stop the unit"),
+    "unknown": ("restart", "its supervisor was sent SIGTERM, and systemd does not say why"),
+}
+CLOCK_AGES = 30.0                   # seconds after which a clock's offset is measured anew, though the network has become slower
 FINAL = ("done", "stopped", "failed")
 JSON = dict[str, Any]
 
@@ -92,7 +105,12 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 def say(text: str) -> None:
     """One line of the supervisor's own in the journal."""
-    write_all(1, f"supervisor: {text}\n".encode("utf-8", "replace"))
+    write_all(1, f"supervisor: {one_line(text)}\n".encode("utf-8", "replace"))
+
+
+def one_line(text: str, most: int = 2000) -> str:
+    """A text as one line that does nothing to a terminal; lines become spaces."""
+    return printable(" ".join(text[:2 * most].split()), most)
 
 
 def notify(text: str) -> None:
@@ -102,29 +120,38 @@ def notify(text: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(text.encode(), "\0" + path[1:] if path[0] == "@" else path)
+            sock.setblocking(False)
+            sock.sendto(one_line(text, 1000).encode("utf-8", "replace"), "\0" + path[1:] if path[0] == "@" else path)
     except OSError:
         pass
 
 
 def write_json(path: str, value: Any) -> None:
-    """Replace a JSON file in one step; readers never see half of it."""
+    """Replace a JSON file in one step; readers never see half of it. What lies there under the new file's name is no obstacle."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        os.unlink(temporary)
+    except FileNotFoundError:
+        pass
+    # The job can write into this folder too: never into a link or a FIFO.
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.fchmod(file, 0o644)
+        data = text.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(file, data):]
+    finally:
+        os.close(file)
     os.replace(temporary, path)
 
 
-def read_json(path: str) -> Optional[dict[str, Any]]:
-    """A JSON object from a file, or None where there is none that can be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def read_known(path: str, shape: Shape) -> JSON:
+    """What an earlier supervisor has written, {} where there is nothing. The job can write there too: what is odd is said."""
+    value, odd = load(os.path.dirname(path), os.path.basename(path), shape)
+    if odd:
+        say(f"{odd}: taken as not there")
+    return dict(value or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,11 +171,44 @@ class Limits:
         self.recheck_good = 30.0    # and while none does
         self.linger = 5.0           # how long the last word (stopped, failed) is offered to nodes that do not answer
         self.done_linger = 3600.0   # the same for done: a node that never hears it would wait for the others for ever
+        # The most that passes between two looks of a loop that runs. With the heartbeat before, less than lost_after.
+        self.attention = max(heartbeat, lost_after / 3.0)
 
     @staticmethod
     def backoff(failures: int) -> float:
         """Wait before the restart after so many failures in a row: 0, 1, 2, 4 ... 30 s."""
         return 0.0 if failures <= 1 else min(30.0, 2.0 ** (failures - 2))
+
+
+class Attention:
+    """A clock that stands still while its own loop does: paused, stopped by a signal, starved by a machine that swaps.
+
+    A loop that did not look cannot tell that somebody was silent, so of the time between two looks no more than
+    ``limits.attention`` counts, however long it was. Whoever is judged by this clock is never lost by a gap. Whether
+    CLOCK_MONOTONIC runs on while a virtual machine is suspended depends on its hypervisor; both are right here.
+    """
+
+    def __init__(self, limits: Limits, now: float) -> None:
+        self.limits, self.looked = limits, now
+        self.missed = 0.0           # in all
+        self.gap = 0.0              # the last time missed that a peer may have noticed
+        self.woke: Optional[float] = None   # when that was over, by this clock
+
+    def time(self, now: float) -> float:
+        """Seconds by this clock; called with the time of CLOCK_MONOTONIC at every look."""
+        gap = now - self.looked - self.limits.attention
+        self.looked = max(self.looked, now)
+        if gap > 0:
+            self.missed += gap
+            if gap + self.limits.attention > self.limits.lost_after / 2:
+                self.gap, self.woke = gap + self.limits.attention, now - self.missed
+        return now - self.missed
+
+    def excuse(self, now: float) -> str:
+        """Empty, or why peers may have given this node up a moment ago; now is this clock's."""
+        if self.woke is None or now - self.woke > self.limits.lost_after:
+            return ""
+        return f"its supervisor stood still for {self.gap:.0f} s"
 
 
 class Seat:
@@ -159,6 +219,7 @@ class Seat:
         self.host: Optional[str] = None
         self.connected = False
         self.session = 0            # the connection that speaks for this rank; older ones are not heard
+        self.host_of = -1           # the connection on which its host was told
         self.heard = 0.0
         self.report: JSON = {}
         self.finished = 0           # the last generation whose torchrun exited 0 here
@@ -171,34 +232,80 @@ class Seat:
         return self.host or f"rank {self.rank}"
 
     @property
+    def left(self) -> tuple[str, str]:
+        """Why it goes or has gone away for a while, as in LEAVING; ("", "") while it does not."""
+        if not self.report.get("leaving"):
+            return "", ""
+        return LEAVING.get(str(self.report.get("why")), LEAVING["shutdown"])
+
+    @property
     def idle(self) -> bool:
         return self.connected and self.report.get("phase") == "idle"
 
 
-REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), "generation": (int,),
-          "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
-          "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
-          "checkpoint": (dict, type(None))}
-NEWS = [key for key in REPORT if key not in ("checkpoints", "lines", "checkpoint")]
-EXIT = {"generation": (int,), "code": (int,), "ordered": (bool,), "cause": (dict, type(None))}
-CAUSE = {"reason": (str,), "error": (str, type(None)), "time": (int, float, type(None))}
+# What passes between supervisors and lies in their files, to the leaf. Nothing of another kind or size gets any further.
+FINITE = Number(-LAST_MOMENT, LAST_MOMENT, whole=False)
+MOMENT = Number(0, LAST_MOMENT, whole=False)
+COUNT, CODE, NAME, WORD, SENTENCE = Number(), Number(-2**31, 2**32), Text(255), Text(40), Text(2000)
+PHASES, STATES = ("idle", "running", "stopping"), ("waiting", "running", "stopping") + FINAL
+CHECKPOINT = Maybe(Fields({"path": Text(1024), "time": MOMENT}, ("path", "time")))
+CAUSE_FIELDS: dict[str, Shape] = {
+    "reason": WORD, "error": Maybe(SENTENCE), "time": Maybe(MOMENT), "exit_code": Maybe(CODE), "signal": Maybe(WORD),
+    "rank": Maybe(COUNT), "local_rank": Maybe(COUNT), "own": Flag(), "echo": Flag()}
+NO_CAUSE: JSON = {"reason": "", "error": None, "time": None, "exit_code": None, "signal": None, "rank": None, "local_rank": None}
+SETTLED = Maybe(Fields({**CAUSE_FIELDS, "host": Maybe(NAME), "node_rank": Maybe(COUNT), "generation": COUNT, "charged": Flag(),
+                        "text": SENTENCE}, ("reason", "generation", "text")))
+EXIT = Fields({"generation": COUNT, "time": Maybe(MOMENT), "code": CODE, "ordered": Flag(), "cause": Maybe(Fields(CAUSE_FIELDS, ("reason",)))},
+              ("generation", "code", "ordered", "cause"))
+REPORT_FIELDS: dict[str, Shape] = {
+    "host": NAME, "nnodes": COUNT, "release": NAME, "phase": Text(choices=PHASES), "generation": COUNT, "exit": Maybe(EXIT),
+    "problems": Maybe(ListOf(Fields({"check": WORD, "text": Text(300)}, ("check", "text")), 9)),
+    "final": Maybe(Text(choices=FINAL)), "unkillable": ListOf(COUNT, 1), "failing": Flag(), "leaving": Flag(), "stop": Flag(),
+    "checkpoints": COUNT, "lines": COUNT, "checkpoint": CHECKPOINT}
+REPORT = Fields({**REPORT_FIELDS, "why": WORD, "sent": FINITE}, tuple(REPORT_FIELDS))
+NEWS = [key for key in REPORT_FIELDS if key not in ("checkpoints", "lines", "checkpoint")]
+MOST_HOSTS = 10000
+VIEW_FIELDS: dict[str, Shape] = {
+    "state": Text(choices=STATES), "text": SENTENCE, "generation": COUNT, "restarts": COUNT, "restarts_left": COUNT,
+    "first_cause": SETTLED, "stopped_by": Maybe(NAME), "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)}
+VIEW = Fields(VIEW_FIELDS, tuple(VIEW_FIELDS))
+ORDERS = ("wait", "run", "stop") + FINAL
+ORDER = Fields({"order": Text(choices=ORDERS), "generation": COUNT, "graceful": Flag(), "hang": Flag(), "echo": FINITE, "now": FINITE,
+                "view": VIEW}, ("order", "generation"))
+DONE = Fields({"job": NAME, "release": NAME, "unacknowledged": ListOf(COUNT, MOST_HOSTS)}, ("release",))
+# A generation that no job reaches is not gone on with: it was written by somebody else.
+STATE = Fields({"job": NAME, "release": NAME, "text": SENTENCE, "generation": Number(0, 10**6), "result": Maybe(Text(choices=FINAL)),
+                "restarts": COUNT, "restarts_left": COUNT, "first_cause": SETTLED, "history": ListOf(SETTLED, HISTORY),
+                "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)})
 
 
-def check_shape(value: JSON, shape: dict[str, tuple[type, ...]]) -> None:
-    """Raise ProtocolError unless a message has these keys with these types."""
-    for key, types in shape.items():
-        if not isinstance(value.get(key), types):
-            raise ProtocolError(f"{key} is missing or of the wrong type")
+class Anything(Shape):
+    """A value of which only what fits is looked at."""
+
+    def clean(self, value: Any, name: str) -> Any:
+        return value
 
 
-def check_report(report: JSON) -> None:
-    """Raise ProtocolError unless this is what a member says."""
-    check_shape(report, REPORT)
-    if report["exit"]:
-        check_shape(report["exit"], EXIT)
-        check_shape(report["exit"]["cause"] or {"reason": ""}, CAUSE)
-    if not all(isinstance(problem, dict) for problem in report["problems"] or []):
-        raise ProtocolError("problems is of the wrong type")
+ERROR_JSON = Fields({"message": Anything()})
+# How far beyond rank 0's own a node's generation may be to be gone on from, as after the loss of rank 0's state.
+PLAUSIBLE = 100000
+
+
+def expected(message: Any, shape: Shape) -> JSON:
+    """A peer's message in its shape, texts printable and cut; raises ProtocolError."""
+    try:
+        found: JSON = check(message, shape)
+    except Odd as odd:
+        raise ProtocolError(str(odd)) from None
+    return found
+
+
+def check_report(report: Any) -> JSON:
+    """What a member says, with every field of its cause; raises ProtocolError."""
+    found = expected(report, REPORT)
+    if found["exit"] and found["exit"]["cause"]:
+        found["exit"]["cause"] = {**NO_CAUSE, **found["exit"]["cause"]}
+    return found
 
 
 class Coordinator:
@@ -212,6 +319,8 @@ class Coordinator:
                  now: float = 0.0) -> None:
         self.limits, self.release = limits, release
         self.seats = [Seat(rank) for rank in range(nnodes)]
+        self.attention = Attention(limits, now)
+        self.seats[0].connected = True          # to itself: rank 0 needs no connection, and has none to lose
         self.phase = "waiting"
         self.since = now
         self.generation = generation
@@ -234,25 +343,30 @@ class Coordinator:
 
     def join(self, rank: int, session: int, now: float) -> None:
         """An authenticated connection speaks for this rank from now on."""
-        seat = self.seats[rank]
-        if seat.connected:
+        now, seat = self.attention.time(now), self.seats[rank]
+        if rank and seat.connected:
             self._lose(seat, "its supervisor started anew", now)
         seat.connected, seat.session, seat.heard = True, session, now
         seat.report, seat.checkpoints, seat.lines = {}, None, None
         self._step(now)
 
     def report(self, rank: int, session: int, report: JSON, now: float) -> None:
-        """The state of a node; see Member.report for the keys."""
-        seat = self.seats[rank]
+        """The state of a node, whatever it is; see Member.report for the keys. Raises ProtocolError where it is none."""
+        self.hear(rank, session, check_report(report), now)
+
+    def hear(self, rank: int, session: int, report: JSON, now: float) -> None:
+        """A report that check_report has returned, or this node's own."""
+        now, seat = self.attention.time(now), self.seats[rank]
         if not seat.connected or session != seat.session:
             return
-        check_report(report)
+        if seat.host_of == session and report["host"] != seat.host:
+            raise ProtocolError("another host name than before")
         news = any(report[key] != seat.report.get(key) for key in NEWS)
-        seat.heard, seat.report, seat.host = now, report, report["host"][:255]
+        seat.heard, seat.report, seat.host, seat.host_of = now, report, report["host"], session
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
-        if report["checkpoint"] and seat.host not in self.checkpoint_hosts:
-            self.checkpoint_hosts = sorted([*self.checkpoint_hosts, str(seat.host)])
+        if report["checkpoint"] and seat.host not in self.checkpoint_hosts and self._room_for(report["host"]):
+            self.checkpoint_hosts = sorted([*self.checkpoint_hosts, report["host"]])
         last = report.get("exit") or {}
         if last.get("generation") == self.generation and last.get("code") == 0:
             seat.finished = self.generation
@@ -269,14 +383,15 @@ class Coordinator:
 
     def leave(self, rank: int, session: int, why: str, now: float) -> None:
         """The connection of a node is gone."""
-        seat = self.seats[rank]
-        if seat.connected and session == seat.session:
+        now, seat = self.attention.time(now), self.seats[rank]
+        if rank and seat.connected and session == seat.session:
             self._lose(seat, why, now)
             self._step(now)
 
     def tick(self, now: float) -> None:
         """Time has passed."""
-        for seat in self.seats:
+        now = self.attention.time(now)
+        for seat in self.seats[1:]:
             if seat.connected and now - seat.heard > self.limits.lost_after:
                 self._lose(seat, f"not heard for {self.limits.lost_after:g} s", now)
         self._step(now)
@@ -293,10 +408,12 @@ class Coordinator:
 
     def finished(self, now: float) -> bool:
         """Whether rank 0 may exit: everyone who can be told has been told."""
+        now = self.attention.time(now)
         if self.phase == "done":
             return not self.unacknowledged() or now - self.since > self.limits.done_linger
         if self.phase in FINAL:
-            told = all(seat.acknowledged or not seat.connected for seat in self.seats[1:])
+            # Whose unit is being restarted is back in a moment, and would wait for a job that is over.
+            told = all(seat.acknowledged or not seat.connected and seat.left[0] != "restart" for seat in self.seats[1:])
             return told or now - self.since > self.limits.linger
         return False
 
@@ -308,8 +425,12 @@ class Coordinator:
         """When tick has to be called next at the latest."""
         times = [now + 1.0]
         if self.phase == "waiting" and not self.abort and self.not_before:
-            times.append(max(self.not_before, now))
+            times.append(now + max(0.0, self.not_before - self.attention.time(now)))
         return min(times)
+
+    def age(self, moment: float, now: float) -> float:
+        """Seconds since a moment that this coordinator has noted."""
+        return self.attention.time(now) - moment
 
     def problems(self) -> list[tuple[str, str]]:
         """What the gang waits for: (host, text), by rank."""
@@ -324,6 +445,8 @@ class Coordinator:
                 found.append((seat.name, f"was set up for {report['nnodes']} nodes, rank 0 for {len(self.seats)}"))
             elif report.get("release", self.release) != self.release:
                 found.append((seat.name, f"has release {report['release'] or 'none'}, rank 0 has {self.release}"))
+            elif seat.left[0]:
+                found.append((seat.name, f"{seat.left[1]}; it is back in a moment"))
             elif report.get("phase") != "idle":
                 held = report.get("unkillable")
                 found.append((seat.name, f"process {held[0]} does not die (uninterruptible)" if held
@@ -360,11 +483,16 @@ class Coordinator:
 
     def view(self) -> JSON:
         """What every node is told about the job."""
-        return {"state": self.phase, "text": self.text(), "generation": self.generation, "restarts": self.restarts,
+        return {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
                 "checkpoint_hosts": self.checkpoint_hosts}
 
     # -- inside
+
+    def _room_for(self, host: str) -> bool:
+        """Whether another host's name is kept: all names travel with every view, so there is an end to them."""
+        names = [*self.checkpoint_hosts, host]
+        return len(names) <= 2 * len(self.seats) + 64 and sum(len(name.encode()) for name in names) <= 24576
 
     def _enter(self, phase: str, now: float) -> None:
         self.phase, self.since = phase, now
@@ -373,13 +501,15 @@ class Coordinator:
 
     def _lose(self, seat: Seat, why: str, now: float) -> None:
         seat.connected = False
-        planned = bool(seat.report.get("leaving"))
+        planned, error = seat.left
         if self.phase == "running" and seat.finished != self.generation:
-            self._abort(now, planned=planned)
+            self._abort(now, planned=bool(planned))
         if self.abort and self.abort["generation"] == self.generation:
+            excuse = "" if planned else self.attention.excuse(now)
+            guilty = self.seats[0] if excuse else seat      # they have left because rank 0 was not heard
             self.abort["losses"].append({
-                "host": seat.name, "node_rank": seat.rank, "reason": "shutdown" if planned else "lost",
-                "error": "the node was shut down" if planned else why, "at": seat.heard})
+                "host": guilty.name, "node_rank": guilty.rank, "reason": planned or "lost",
+                "error": error or excuse or why, "at": seat.heard})
 
     def _abort(self, now: float, planned: bool = False, hang: bool = False) -> None:
         if self.phase != "running":
@@ -418,7 +548,8 @@ class Coordinator:
         elif self.phase == "waiting" and now >= self.not_before and not self.problems():
             if any(seat.report.get("leaving") for seat in self.seats):
                 return False
-            self.generation = max([self.generation] + [int(seat.report.get("generation") or 0) for seat in self.seats]) + 1
+            claims = [int(seat.report.get("generation") or 0) for seat in self.seats]
+            self.generation = max([self.generation] + [claim for claim in claims if claim <= self.generation + PLAUSIBLE]) + 1
             self.activity = now
             self._enter("running", now)
             return True
@@ -446,11 +577,11 @@ class Coordinator:
         assert self.abort
         abort, self.abort = self.abort, None
         cause = self._first_cause(abort)
-        charged = cause["reason"] not in ("lost", "shutdown")
+        charged = cause["reason"] not in ("lost", "shutdown", "restart")
         cause.update(generation=abort["generation"], charged=charged)
         cause["text"] = describe(cause)
         self.first_cause = cause
-        self.history = (self.history + [cause])[-HISTORY:]
+        self.history = (self.history + [dict(cause, error=cause["error"] and cause["error"][:1000])])[-HISTORY:]
         self.restarts += 1
         if charged:
             self.failures += 1
@@ -472,9 +603,11 @@ class Coordinator:
                 failures.append(dict(last["cause"], host=seat.name, node_rank=seat.rank))
         failures.sort(key=lambda cause: (bool(cause.get("echo")), cause.get("time") or 0.0))
         if abort["planned"]:
-            host = losses[0] if losses else next(({"host": seat.name, "node_rank": seat.rank} for seat in self.seats
-                                                  if seat.report.get("leaving")), {"host": None, "node_rank": None})
-            return dict(host, reason="shutdown", error="the node was shut down", at=None)
+            gone = next((loss for loss in losses if loss["reason"] != "lost"), None)
+            going = next((seat for seat in self.seats if seat.left[0]), None)
+            if gone or not going:
+                return gone or {"host": None, "node_rank": None, "reason": "shutdown", "error": LEAVING["shutdown"][1]}
+            return {"host": going.name, "node_rank": going.rank, "reason": going.left[0], "error": going.left[1]}
         if losses and (not failures or failures[0].get("echo") or losses[0]["at"] < abort["at"]):
             return losses[0]
         if failures:
@@ -511,7 +644,8 @@ class Member:
         self.connected = False
         self.order: JSON = {"order": "wait"}
         self.stop_at: Optional[float] = None    # when systemctl stop reached this node
-        self.leaving = False                    # the node itself goes down
+        self.leaving = False                    # this node goes away for a while, and the job does not end
+        self.why = ""                           # which of LEAVING
         self.failing = False                    # torchrun has seen a worker fail and is ending
         self.ordered = False                    # this generation was ended by us, so its exit code tells nothing
         self.result: Optional[str] = None
@@ -519,6 +653,12 @@ class Member:
         self.kill_again = 0.0
         self.checking = False
         self.check_at = 0.0
+        self.attention: Optional[Attention] = None
+
+    def _time(self, now: float) -> float:
+        """The time by which this member judges."""
+        self.attention = self.attention or Attention(self.limits, now)
+        return self.attention.time(now)
 
     # -- events
 
@@ -533,13 +673,19 @@ class Member:
 
     def checked(self, problems: list[JSON], now: float) -> None:
         self.problems, self.checking = problems, False
-        self.check_at = now + (self.limits.recheck if problems else self.limits.recheck_good)
+        self.check_at = self._time(now) + (self.limits.recheck if problems else self.limits.recheck_good)
 
-    def stop(self, now: float, leaving: bool) -> None:
-        """SIGTERM has come: a stop of the job, or the shutdown of this node."""
-        self.leaving = self.leaving or leaving
-        if not leaving and self.stop_at is None:
-            self.stop_at = now
+    def stop(self, now: float, leaving: bool, why: str = "shutdown") -> None:
+        """SIGTERM has come: a stop of the job, or (leaving) this node's own affair; why is one of LEAVING.
+
+        A stop wins over a restart that was asked for before.
+        """
+        if leaving:
+            self.leaving, self.why = True, self.why or why
+        else:
+            if self.stop_at is None:
+                self.stop_at = self._time(now)
+            self.leaving, self.why = False, ""
 
     def fail(self) -> None:
         """torchrun reports a failed worker and is ending its others."""
@@ -549,7 +695,7 @@ class Member:
         """torchrun has exited and nothing of it is alive."""
         self.exit = {"generation": self.generation, "time": time_of(cause), "code": code, "ordered": self.ordered,
                      "cause": cause}
-        self.phase, self.problems, self.checking, self.check_at = "idle", None, False, now
+        self.phase, self.problems, self.checking, self.check_at = "idle", None, False, self._time(now)
         self.failing, self.deadline, self.unkillable = False, None, []
 
     # -- answers
@@ -559,18 +705,19 @@ class Member:
         return {"host": self.host, "nnodes": self.nnodes, "release": self.release, "phase": self.phase,
                 "generation": self.generation, "exit": self.exit, "problems": self.problems, "final": self.result,
                 "unkillable": self.unkillable[:1], "failing": self.failing, "leaving": self.leaving,
-                "stop": self.stop_at is not None}
+                "why": self.why, "stop": self.stop_at is not None}
 
     def wake_at(self, now: float) -> float:
         times = [now + 1.0]
         if self.phase == "stopping" and self.deadline is not None:
-            times.append(self.deadline)
+            times.append(now + max(0.0, self.deadline - self._time(now)))
         return min(times)
 
     # -- decisions
 
     def step(self, now: float) -> list[Action]:
         """What to do now."""
+        now = self._time(now)
         if self.phase == "running":
             return self._step_running(now)
         if self.phase == "stopping":
@@ -612,12 +759,14 @@ class Member:
             self.result = str(order)
             return [("result", self.result)]
         if self.leaving:
-            return [("exit", EXIT_OK)]
+            return [("exit", EXIT_AGAIN)]
         alone = not self.connected
         if self.stop_at is not None and (alone or order == "stop" or now - self.stop_at > 2.0) or alone and order == "stop":
             self.result = "stopped"
             return [("result", self.result)]
-        if order == "run" and self.connected and int(self.order["generation"]) > self.generation \
+        # Orders come in order on each connection, so one that differs is a new one. A number that somebody has made up, here
+        # or in a file, does not keep a node from going on with the job's own.
+        if order == "run" and self.connected and int(self.order["generation"]) != self.generation \
                 and self.problems is not None and self.stop_at is None:
             self.phase, self.generation, self.exit = "running", int(self.order["generation"]), None
             self.failing = self.ordered = False
@@ -667,9 +816,9 @@ class Session:
             if payload is None:
                 return messages
             try:
-                message = json.loads(payload)
-            except (ValueError, RecursionError) as error:
-                raise ProtocolError("not JSON") from error
+                message = parse_json(payload.decode("utf-8", "replace"), 8)
+            except Odd as odd:
+                raise ProtocolError(f"not a message: {odd}") from None
             if not isinstance(message, dict):
                 raise ProtocolError("not a JSON object")
             if self.open:
@@ -686,7 +835,7 @@ class Session:
         self._put(message)
 
     def _put(self, message: JSON) -> None:
-        payload = json.dumps(message, separators=(",", ":")).encode()
+        payload = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
         mac = self._mac(0, payload) if self.open else b""
         self.outgoing += struct.pack(">I", len(payload)) + mac + payload
 
@@ -1044,7 +1193,7 @@ class Torchrun:
         if self.ended_at and (mtime(path) or 0.0) > self.ended_at:
             report = None               # written because we have ended it
         cause = cause_from(0 if self.ended_at and code < 0 else code, report, tail)
-        cause["time"] = min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp)
+        cause["time"] = max(0.0, min(stamp for stamp in (time.time(), self.failed_at, mtime(path)) if stamp))
         if self.start_error:
             cause.update(error=self.start_error, own=True)
         oom = self.tree.oom_kills() - self.oom_before
@@ -1063,20 +1212,20 @@ class Torchrun:
         if blocked and explains:
             cause.update(own=True, echo=False, error="; ".join(blocked + ([cause["error"]] if cause["error"] else [])))
         cause["own"] = bool(cause["own"] or self.failed_at)
-        cause["error"] = cause["error"][:2000] if cause["error"] else None
+        cause["error"] = one_line(cause["error"]) if cause["error"] else None
         return cause
 
     def _error_report(self) -> tuple[str, Optional[JSON]]:
         """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
         paths = [self.error_file]
         if self.log_dir:
-            found = []
-            for run in glob.glob(os.path.join(glob.escape(self.log_dir), "*")):
-                if (mtime(run) or 0) >= self.started:
-                    found += glob.glob(os.path.join(glob.escape(run), "**", "error.json"), recursive=True)
-            paths += sorted(found, key=lambda path: mtime(path) or 0)
+            runs = [run.path for run in find(self.log_dir, "*", seconds=1.0) if run.folder and run.modified >= self.started]
+            found = [entry for run in runs[:8] for entry in find(self.log_dir, f"{glob.escape(run)}/**/error.json", seconds=1.0)]
+            paths += [os.path.join(self.log_dir, entry.path) for entry in sorted(found, key=lambda entry: entry.modified)]
         for path in paths:
-            report = read_json(path)
+            report, odd = load(os.path.dirname(path), os.path.basename(path), ERROR_JSON)
+            if odd:
+                say(odd)
             if report:
                 return path, report
         return "", None
@@ -1200,7 +1349,7 @@ def describe(cause: JSON) -> str:
     """A cause as one sentence."""
     who = cause.get("host") or "an unknown node"
     if cause.get("rank") is not None:
-        who += f", rank {cause['rank']} (local rank {cause['local_rank']})"
+        who += f", rank {cause['rank']}" + (f" (local rank {cause['local_rank']})" if cause.get("local_rank") is not None else "")
     reason = str(cause.get("reason"))
     how = None
     if cause.get("signal"):
@@ -1238,7 +1387,7 @@ class Watch(threading.Thread):
         newest = max(found, key=lambda path: (found[path], path)) if found else None
         previous = self.newest
         if newest is not None:
-            self.newest = {"path": newest, "time": found[newest]}
+            self.newest = {"path": printable(newest, 1024), "time": min(max(0.0, found[newest]), LAST_MOMENT)}
         if self.seen is None:
             self.seen = set(found)
             return
@@ -1345,7 +1494,7 @@ def run_checks(checks: list[tuple[str, str]], visible: Optional[str]) -> list[JS
             texts = [check_release(path, wanted)]
         else:
             texts = [check_port(int(value))]
-        problems += [{"check": kind, "text": text[:300]} for text in texts if text]
+        problems += [{"check": kind, "text": one_line(text, 300)} for text in texts if text]
     return problems[:8]
 
 
@@ -1360,19 +1509,53 @@ def parse_check(text: str) -> tuple[str, str]:
     return kind, value
 
 
-def going_down() -> bool:
-    """Whether this machine is shutting down, as opposed to one unit being stopped."""
-    if not os.path.exists("/run/systemd/system") or not os.path.exists("/run/dbus/system_bus_socket"):
-        return False
+def own_unit() -> str:
+    """The service that this process belongs to, empty where it is none's."""
     try:
-        done = subprocess.run(["systemctl", "is-system-running"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=3, check=False)
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            parts = [part for line in file for part in line.rstrip("\n").partition("::")[2].split("/")]
     except OSError:
-        return False
-    except subprocess.TimeoutExpired:
-        return True
-    # No answer although there is a bus: it is being stopped as well.
-    return done.stdout.strip() in (b"stopping", b"", b"unknown", b"offline")
+        return ""
+    return next((part for part in reversed(parts) if part.endswith(".service")), "")
+
+
+def systemctl(*words: str) -> Optional[str]:
+    """What systemctl prints, whatever its exit code; None where systemd does not answer."""
+    try:
+        done = subprocess.run(["systemctl", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=2, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode and done.stderr.strip() else done.stdout.decode("utf-8", "replace").strip()
+
+
+def why_ended(unit: str, patience: float = 3.0) -> str:
+    """Why this unit was sent SIGTERM: "stop" where somebody has asked systemd to stop it, else one of LEAVING.
+
+    systemd tells it by the job that it has for the unit. Where its bus is restarted in this very moment it is asked
+    again; a systemd that says nothing has not said that the job has to end on every node.
+    """
+    if not unit or not os.path.exists("/run/systemd/system"):
+        return "signal"
+    deadline = time.monotonic() + patience
+    while True:
+        state = systemctl("is-system-running")
+        if state == "stopping":
+            return "shutdown"
+        jobs = systemctl("list-jobs", "--no-legend", "--plain", unit)
+        if state not in (None, "", "unknown", "offline") and jobs is not None:
+            return job_of(unit, jobs)
+        if time.monotonic() > deadline:
+            return "unknown"
+        time.sleep(0.2)
+
+
+def job_of(unit: str, jobs: str) -> str:
+    """"stop", "restart" or "signal" (no job at all), from systemctl list-jobs: number, unit, type, state."""
+    rows = [line.split() for line in jobs.splitlines()]
+    kinds = [row[2] for row in rows if len(row) >= 3 and row[1] == unit]
+    # A start that waits: a stop, and a start before it was over.
+    return "signal" if not kinds else "stop" if kinds[0] == "stop" else "restart"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1420,38 +1603,45 @@ class Supervisor:
 
     HANDSHAKE_TIME, STRANGERS = 3.0, 16
     PACE = 0.1      # seconds at least between looks at what costs time for every node
+    ASK_AGAIN = 2.0     # seconds: a restart that takes long may become a stop
+    STILL_ENDED = 10.0  # seconds after which it is no start of all nodes that is under way
 
     def __init__(self, options: argparse.Namespace, limits: Limits, secret: bytes) -> None:
         self.options, self.limits, self.secret = options, limits, secret
         self.rank: int = options.node_rank
         self.state_file = os.path.join(options.state_dir, "state.json")
         self.done_file = os.path.join(options.state_dir, "done")
+        self.attention = Attention(limits, time.monotonic())
         self.selector = selectors.DefaultSelector()
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.selector.register(self.wake_read, selectors.EVENT_READ, None)
         self.events: collections.deque[tuple[str, Any]] = collections.deque()   # from threads
+        self.unit, self.next_ask = own_unit(), 0.0
         marker = os.path.abspath(options.state_dir)     # one per job and node
         unit = CgroupTree.unit_path()
         self.torchrun = Torchrun(CgroupTree(unit) if unit else MarkedTree(marker), marker,
                                  os.path.join(options.state_dir, "errors"), options.log_dir,
                                  lambda: self.post("closing", None))
         self.watch = Watch(options.checkpoint_dir, options.checkpoint_glob) if options.checkpoint_dir else None
-        old = read_json(self.state_file) or {}
+        old = read_known(self.state_file, STATE)
         goes_on = old.get("release") == options.release and old.get("job") == options.job
         generation = int(old.get("generation") or 0) if goes_on else 0
         self.member = Member(options.host, options.nnodes, options.release, limits, generation)
+        self.first, self.began = generation, time.monotonic()
+        self.ended = old.get("text") if goes_on and old.get("result") in ("stopped", "failed") else None
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
                            "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
                            "checkpoint_hosts": old.get("checkpoint_hosts") or []}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
-            done = read_json(self.done_file)
+            done = read_known(self.done_file, DONE)
+            left = kept.get("restarts_left")
             self.coordinator = Coordinator(options.nnodes, limits, options.release, generation,
-                                           kept.get("restarts_left"), (done or {}).get("unacknowledged"),
+                                           None if left is None else min(left, limits.max_restarts), done.get("unacknowledged"),
                                            time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
-            self.coordinator.history = kept.get("history") or []
+            self.coordinator.history = [cause for cause in kept.get("history") or [] if cause]
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
@@ -1462,6 +1652,7 @@ class Supervisor:
         self.next_report = 0.0
         self.sent_report: Optional[JSON] = None
         self.clock: Optional[tuple[float, float]] = None      # round trip, offset to rank 0 in seconds
+        self.clock_at = 0.0         # when that was measured: a clock that was set, or a machine that was paused, changes it
         self.kill_at: Optional[float] = None
         self.last_exit: Optional[JSON] = None
         self.written: JSON = {}
@@ -1470,7 +1661,8 @@ class Supervisor:
         self.since = time.time()
         self.code: Optional[int] = None
         self.quit_by = 0.0
-        self.refused = self.unreached = ""
+        self.odd = self.unreached = self.unwritten = ""
+        self.next_odd = 0.0
         self.next_tick = self.next_state = self.next_blocked = 0.0
         self.state_due = False
 
@@ -1492,10 +1684,25 @@ class Supervisor:
         threading.Thread(target=lambda: self.post(kind, function()), daemon=True).start()
 
     def on_signal(self, number: int, _frame: Any) -> None:
-        if number != signal.SIGCHLD:
-            self.in_background("stop", going_down)
+        if number == signal.SIGINT:         # Ctrl-C, or asked for by name; systemd sends SIGTERM
+            self.post("stop", "stop")
+        elif number == signal.SIGTERM:
+            self.ask_why()
+
+    def ask_why(self) -> None:
+        """Ask systemd in the background why this unit has to end."""
+        self.next_ask = time.monotonic() + self.ASK_AGAIN
+        self.in_background("stop", lambda: why_ended(self.unit))
 
     # -- the loop
+
+    def look(self, now: float) -> float:
+        """The time by which connections are judged, as the machines judge: what this loop has missed does not count."""
+        woke = self.attention.woke
+        seen = self.attention.time(now)
+        if self.attention.woke != woke:
+            say(f"stood still for {self.attention.gap:.1f} s (paused, or the machine gave it no time): nobody is taken for lost by that")
+        return seen
 
     def run(self) -> int:
         """Until the job's end reaches this node; returns the exit code."""
@@ -1531,6 +1738,8 @@ class Supervisor:
         """One round: take in events, let the machines decide, carry out, tell the others."""
         while self.events:
             self.event(*self.events.popleft(), now)
+        if self.member.leaving and self.member.why != "shutdown" and now >= self.next_ask and self.code is None:
+            self.ask_why()
         self.reap(now)
         self.keep_links(now)
         if self.coordinator and now >= self.next_tick:
@@ -1561,9 +1770,13 @@ class Supervisor:
 
     def event(self, kind: str, value: Any, now: float) -> None:
         if kind == "stop":
-            if self.member.stop_at is None and not self.member.leaving:
-                say(f"{self.options.host} is shutting down" if value else f"stop requested on {self.options.host}")
-            self.member.stop(now, bool(value))
+            member = self.member
+            if value == "stop" and member.stop_at is None:
+                say(f"stop requested on {self.options.host}")
+            elif value != "stop" and member.stop_at is None and not member.leaving:
+                say(f"leaves for a while: {LEAVING[value][1]}; the job goes on once it is back")
+            if value in ("stop", "shutdown") or member.stop_at is None:
+                member.stop(now, value != "stop", value)
         elif kind == "closing":
             self.member.fail()
         elif kind == "checked":
@@ -1614,7 +1827,7 @@ class Supervisor:
         code = self.torchrun.exit_code() or 0
         cause = self.torchrun.cause() if code else None
         if cause and self.clock:
-            cause["time"] += self.clock[1]      # rank 0's clock
+            cause["time"] = min(max(0.0, cause["time"] + self.clock[1]), LAST_MOMENT)       # rank 0's clock
         self.member.ended(code, cause, now)
         self.last_exit = dict(self.member.exit or {}, time=time.time())
         if code and not (self.member.ordered and not (cause or {}).get("own")):
@@ -1645,7 +1858,7 @@ class Supervisor:
 
     def add_link(self, sock: socket.socket, rank: Optional[int], now: float) -> None:
         sock.setblocking(False)
-        link = Link(sock, Session(self.secret, self.options.job, rank), now)
+        link = Link(sock, Session(self.secret, self.options.job, rank), self.look(now))
         self.links[sock.fileno()] = link
         self.selector.register(sock, selectors.EVENT_READ | (selectors.EVENT_WRITE if rank is not None else 0), link)
 
@@ -1678,10 +1891,11 @@ class Supervisor:
 
     def keep_links(self, now: float) -> None:
         """Drop the silent; a member without a connection tries again."""
+        seen = self.look(now)
         for link in list(self.links.values()):
-            if not link.session.open and now - link.since > self.HANDSHAKE_TIME:
+            if not link.session.open and seen - link.since > self.HANDSHAKE_TIME:
                 self.drop(link, "no handshake", now)
-            elif link.session.open and now - link.heard > self.limits.lost_after:
+            elif link.session.open and seen - link.heard > self.limits.lost_after:
                 self.drop(link, f"not heard for {self.limits.lost_after:g} s", now)
         if self.coordinator or self.links or now < self.next_connect or self.code is not None:
             return
@@ -1699,7 +1913,7 @@ class Supervisor:
             sock.close()
             self.unreached = self.why_unreached(os.strerror(code).lower(), False)
             return
-        self.sent_report = None
+        self.sent_report, self.clock_at = None, float("-inf")
         self.add_link(sock, self.rank, now)
 
     def ready(self, key: selectors.SelectorKey, mask: int, now: float) -> None:
@@ -1722,14 +1936,34 @@ class Supervisor:
                 if not data:
                     self.drop(link, "connection closed", now)
                     return
-                self.received(link, link.session.feed(data), now)
-            self.flush(link)
+                self.take(link, data, now)
+            if link.sock.fileno() in self.links:
+                self.flush(link)
         except BlockingIOError:
             pass
         except OSError as error:
             self.drop(link, str(error.strerror or error).lower(), now)
-        except (ProtocolError, TypeError, ValueError, KeyError, AttributeError) as error:
+
+    def take(self, link: Link, data: bytes, now: float) -> None:
+        """Bytes of a peer. Whatever they are: they are taken, or the connection is dropped."""
+        try:
+            self.received(link, link.session.feed(data), now)
+        except ProtocolError as error:
+            if link.session.open:
+                self.say_odd(f"a bad message of {self.peer(link)}: {error}", now)
             self.drop(link, f"bad message: {error}", now)
+
+    def peer(self, link: Link) -> str:
+        """Who is at the other end of an authenticated connection."""
+        if self.coordinator and link.session.rank is not None and link.session.rank < self.options.nnodes:
+            return self.coordinator.seats[link.session.rank].name
+        return f"rank {link.session.rank}" if self.coordinator else "rank 0's supervisor"
+
+    def say_odd(self, text: str, now: float) -> None:
+        """Once, and others not too often: who has the secret cannot flood the journal."""
+        if text != self.odd and now >= self.next_odd:
+            self.odd, self.next_odd = text, now + 5.0
+            say(text)
 
     def accept(self, now: float) -> None:
         assert self.listener
@@ -1745,43 +1979,43 @@ class Supervisor:
     def received(self, link: Link, messages: list[JSON], now: float) -> None:
         """Messages of an authenticated peer; on rank 0 the first makes it the one that speaks for its rank."""
         if link.session.open:
-            link.heard = now
+            link.heard = self.look(now)
         for message in messages:
             if self.coordinator:
                 rank = link.session.rank
                 assert rank is not None
                 if not 0 < rank < self.options.nnodes:
                     raise ProtocolError(f"rank {rank} is not expected")
+                message = check_report(message)
                 if not link.number:
-                    if not self.coordinator.admits(rank, message.get("host")):
-                        self.refuse(rank, str(message.get("host"))[:255])
+                    if not self.coordinator.admits(rank, message["host"]):
+                        self.refuse(rank, message["host"])
                     self.numbers += 1
                     link.number = self.numbers
                     for other in list(self.links.values()):
                         if other is not link and other.number and other.session.rank == rank:
                             self.drop(other, "its supervisor started anew", now)
                     self.coordinator.join(rank, link.number, now)
-                self.coordinator.report(rank, link.number, message, now)
-                self.send_order(link, float(message["sent"]))
+                self.coordinator.hear(rank, link.number, message, now)
+                self.send_order(link, message.get("sent"))
             else:
                 self.unreached = ""
+                message = expected(message, ORDER)
                 self.member.receive(message)
                 if "view" in message:
                     self.view = message["view"]
-                if "echo" in message:
+                if "echo" in message and "now" in message:
                     arrived = time.time()
-                    trip = arrived - float(message["echo"])
-                    offset = float(message["now"]) - (arrived + float(message["echo"])) / 2
-                    if trip >= 0 and (self.clock is None or trip <= self.clock[0] * 1.5 + 0.001):
-                        self.clock = (trip, offset)
+                    trip = arrived - message["echo"]
+                    offset = message["now"] - (arrived + message["echo"]) / 2
+                    aged = now - self.clock_at > CLOCK_AGES
+                    if trip >= 0 and (self.clock is None or aged or trip <= self.clock[0] * 1.5 + 0.001):
+                        self.clock, self.clock_at = (trip, offset), now
 
     def refuse(self, rank: int, host: str) -> None:
         """Two hosts for one rank: the one that came first stays."""
         assert self.coordinator
         text = f"{host} asks for node rank {rank}, which {self.coordinator.seats[rank].name} has: refused"
-        if text != self.refused:
-            self.refused = text
-            say(text)
         raise ProtocolError(text)
 
     def flush(self, link: Link) -> None:
@@ -1823,7 +2057,7 @@ class Supervisor:
     def exchange_locally(self, now: float) -> None:
         """Rank 0's own member needs no network."""
         if self.coordinator:
-            self.coordinator.report(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
+            self.coordinator.hear(0, 0, dict(self.report(), lines=self.torchrun.lines()), now)
             self.member.receive(self.coordinator.order())
 
     def exchange(self, now: float) -> None:
@@ -1853,10 +2087,10 @@ class Supervisor:
     def date_causes(self) -> None:
         """Give a lost node's cause the time at which it was last heard; the coordinator knows no calendar."""
         assert self.coordinator
-        for cause in self.coordinator.history[-2:]:
-            if cause.get("time") is None:
+        for cause in [self.coordinator.first_cause, *self.coordinator.history[-2:]]:
+            if cause and cause.get("time") is None:
                 heard = cause.pop("at", None)
-                cause["time"] = time.time() - (time.monotonic() - heard if heard else 0.0)
+                cause["time"] = time.time() - (self.coordinator.age(heard, time.monotonic()) if heard else 0.0)
 
     def write_state(self) -> None:
         """state.json, journal and systemd's status line, each only when something has changed."""
@@ -1867,11 +2101,17 @@ class Supervisor:
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             why = f" ({self.unreached})" if self.unreached else ""
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}{why}")
+        alone = not member.connected or any(not seat.connected for seat in self.coordinator.seats) if self.coordinator \
+            else not member.connected
+        if self.ended and alone and view["state"] == "waiting" and member.generation == self.first \
+                and time.monotonic() - self.began > self.STILL_ENDED:
+            view["text"] += f". The job had ended ({self.ended}); start it on every node"
         if member.result and view["state"] != member.result:
             by = view["stopped_by"] or options.host
             view.update(state=member.result, stopped_by=by, text=f"{member.result} as requested on {by}")
         elif (member.stop_at is not None or member.leaving) and view["state"] not in FINAL:
-            view.update(state="stopping", text=f"{options.host} is shutting down" if member.leaving else view["text"])
+            view.update(state="stopping", text=f"{options.host} leaves for a while: {LEAVING[member.why][1]}" if member.leaving
+                        else view["text"])
         began = (view["state"], max(int(view["generation"]), member.generation))
         if began != (self.written.get("state"), self.written.get("generation")):
             self.since = time.time()
@@ -1898,7 +2138,10 @@ class Supervisor:
         try:
             write_json(self.state_file, dict(state, written=time.time()))
         except OSError as error:
-            say(f"cannot write {self.state_file}: {error.strerror}")
+            text = f"cannot write {self.state_file}: {error.strerror}; the job goes on"
+            if text != self.unwritten:
+                self.unwritten = text
+                say(text)
         notify(f"STATUS={state['state']}: {state['text']}")
         cause = state["first_cause"]
         if cause and cause != self.said_cause:
@@ -1984,13 +2227,16 @@ def main(arguments: list[str]) -> int:
         say(f"{options.host}: {error.filename}: {error.strerror}")
         return EXIT_USAGE
     done_file = os.path.join(options.state_dir, "done")
-    done = read_json(done_file)
+    done = read_known(done_file, DONE)
     if done and done.get("release") == options.release and not (options.node_rank == 0 and done.get("unacknowledged")):
         notify("READY=1")
         say(f"job {options.job} has finished already (release {options.release}); remove {done_file} to train anew")
         return EXIT_OK
     if done and done.get("release") != options.release:
-        os.unlink(done_file)
+        try:
+            os.unlink(done_file)
+        except OSError as error:
+            say(f"cannot remove {done_file}, which is of another release: {error.strerror}")
     try:
         return Supervisor(options, limits, secret).run()
     except OSError as error:
