@@ -89,7 +89,8 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
 
     Returns:
         ``sentence`` (one for people), ``cause`` (an event or None), ``evidence`` (all events of that time), ``meaning``
-        (sentences with cures), ``now`` (the job's state), ``odd`` (states that no supervisor has written), ``unreachable`` and ``history`` (earlier causes, oldest first).
+        (sentences with cures), ``now`` (the job's state), ``odd`` (states that no supervisor has written), ``unreachable``
+        and ``history`` (earlier causes, oldest first).
     """
     host, state = known_state(infos)
     unreachable = {name: str(info["error"]) for name, info in infos.items() if info.get("error")}
@@ -114,7 +115,8 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         return result
     moment, told_text = told.get("time"), str(told.get("text") or told.get("error") or told.get("reason") or "no text")
     around = events(infos, moment - BEFORE_SECONDS, moment + AFTER_SECONDS) if moment else []
-    cause = event(str(told.get("host") or "an unknown node"), "supervisor", str(told.get("reason")), moment, told_text, told.get("rank"))
+    told_kind = str(told.get("reason"))
+    cause = event(str(told.get("host") or "an unknown node"), "supervisor", told_kind, moment, told_text, told.get("rank"))
     deeper = [entry for entry in around if entry["source"] == "kernel" and told.get("reason") in UNEXPLAINED]
     # What a worker itself says is the cause unless the kernel has ended it: then its kernel's line is.
     own = [entry for entry in deeper if entry["host"] == told.get("host")] or [entry for entry in deeper if entry["time"] <= moment + 1]
@@ -122,7 +124,7 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         first = own[0]
         cause = {**first, "text": f"{WORDS[first['kind']]}: {first['text']}"}
     result["cause"] = cause
-    result["evidence"] = [event(str(told.get("host")), "supervisor", str(told.get("reason")), moment, told_text)] + around + disks
+    result["evidence"] = [event(str(told.get("host") or "an unknown node"), "supervisor", told_kind, moment, told_text)] + around + disks
     result["meaning"] = meaning(result["evidence"], cause)
     where = "" if cause["text"].startswith(cause["host"]) else f"{cause['host']}: "
     result["sentence"] = f"first on {where}{cause['text']}"

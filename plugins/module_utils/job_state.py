@@ -224,7 +224,8 @@ STATUS_HEADER = (
 def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[str]) -> list[str]:
     """Return the job's status as a table."""
     texts = [str((info.get("state") or {}).get("text") or "") for info in (infos.get(host) or {} for host in order)]
-    headline = next((text for text in texts if text), "no supervisor has written a state yet")
+    unknown = "what it does is not known" if odd_states(infos) else "no supervisor has written a state yet"
+    headline = next((text for text in texts if text), unknown)
     rows = table(status_rows(infos, order, time.time()), STATUS_HEADER)
     return [f"job {job}: {headline}", *rows, *odd_states(infos), *firewall_lines(infos, order)]
 

@@ -144,7 +144,8 @@ def output(state="", lines="", show="ActiveState=failed\nResult=exit-code", chec
 def test_what_a_supervisor_writes_is_no_news():
     state, odd = supervisor_state.parse(json.dumps(STATE))
     assert odd == ""
-    assert state == {**STATE, "last_exit": {**STATE["last_exit"], "cause": state["first_cause"]}, "first_cause": state["first_cause"], "history": state["history"]}
+    cause = state["first_cause"]
+    assert state == {**STATE, "last_exit": {**STATE["last_exit"], "cause": cause}, "first_cause": cause, "history": [cause, cause]}
     assert state["first_cause"].items() <= CAUSE.items()
     assert supervisor_state.checked(state) == (state, "")
 
