@@ -31,6 +31,7 @@ CURES = {
     "full": "free some space, or set torchrun_checkpoint_dir to a larger file system",
     "lost": "see whether the node was switched off, rebooted or cut off from the network; it joins again by itself once it is back",
     "hang": "a worker stood still: see py-spy or the last lines of the rank; torchrun_hang_timeout ended it",
+    "restart": "the node's unit was restarted, by hand or after a package update; the job goes on by itself",
     "shutdown": "the node was shut down or rebooted; the job goes on once it is back",
 }
 

@@ -1523,13 +1523,13 @@ def systemctl(*words: str) -> Optional[str]:
     """What systemctl prints, whatever its exit code; None where systemd does not answer."""
     try:
         done = subprocess.run(["systemctl", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, timeout=2, check=False)
+                              stderr=subprocess.PIPE, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return None if done.returncode and done.stderr.strip() else done.stdout.decode("utf-8", "replace").strip()
 
 
-def why_ended(unit: str, patience: float = 3.0) -> str:
+def why_ended(unit: str, patience: float = 5.0) -> str:
     """Why this unit was sent SIGTERM: "stop" where somebody has asked systemd to stop it, else one of LEAVING.
 
     systemd tells it by the job that it has for the unit. Where its bus is restarted in this very moment it is asked
@@ -2101,8 +2101,7 @@ class Supervisor:
         if not self.coordinator and not member.connected and view["state"] not in ("stopping",) + FINAL:
             why = f" ({self.unreached})" if self.unreached else ""
             view.update(state="waiting", text=f"waiting for rank 0's supervisor at {options.coordinator}{why}")
-        alone = not member.connected or any(not seat.connected for seat in self.coordinator.seats) if self.coordinator \
-            else not member.connected
+        alone = not member.connected or (self.coordinator and any(not seat.connected for seat in self.coordinator.seats))
         if self.ended and alone and view["state"] == "waiting" and member.generation == self.first \
                 and time.monotonic() - self.began > self.STILL_ENDED:
             view["text"] += f". The job had ended ({self.ended}); start it on every node"
