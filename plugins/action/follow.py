@@ -11,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
-from ansible_collections.onprem.torch.plugins.module_utils import progress
-from ansible_collections.onprem.torch.plugins.plugin_utils import connections
+from ansible_collections.onprem.torch.plugins.module_utils import journal, progress
+from ansible_collections.onprem.torch.plugins.plugin_utils import connections, terminal
 
-display = Display()
 # A look costs the node a few milliseconds; a person does not read faster.
 SECONDS_BETWEEN_LOOKS = 1.0
 # While no step is seen, the other nodes are asked every so often what keeps them, this many at once.
@@ -49,18 +47,18 @@ class ActionModule(ActionBase):
         self.others = Others(self, arguments["job"], arguments["others"], (task_vars or {}).get("hostvars"))
         found = self._follow(arguments["job"], arguments["host"], arguments["wait_for"], arguments["again"])
         result.update(found)
-        display.display("\n" + "\n".join(progress.summary(arguments["job"], arguments["host"], found)) + "\n")
+        terminal.show(progress.summary(arguments["job"], arguments["host"], found))
         return result
 
     def _follow(self, job: dict[str, t.Any], host: str, until: str, again: str) -> dict[str, t.Any]:
         """Look every second until there is something to say."""
-        display.display(f"\nThe journal of {host} (rank 0). Ctrl-C leaves the job running; follow it again with: {again}\n")
+        terminal.show([f"The journal of {host} (rank 0). Ctrl-C leaves the job running; follow it again with: {again}"])
         cursor = ""
         last_step = last_line = ""
         first_checkpoint: str | None = None
         seen = time.monotonic()
         while True:
-            look = self._look(job, cursor)
+            look = self._look(job, host, cursor)
             if look is None:
                 silent = time.monotonic() - seen
                 if silent > job["start_timeout"]:
@@ -71,12 +69,12 @@ class ActionModule(ActionBase):
             cursor = look.cursor or cursor
             if first_checkpoint is None:
                 first_checkpoint = look.checkpoint
+            texts = [line.text for line in look.lines]
             for line in look.lines:
-                display.display(f"  {line}")
-                if progress.is_step(line, job["step_pattern"]):
-                    last_step = line.strip()
-                if line.startswith("[rank 0]"):
-                    last_line = line.strip()
+                terminal.show(f"  {line.text}")
+                if line.rank == 0:
+                    last_line = line.text.strip()
+            last_step = progress.last_step(texts, job["step_pattern"]) or last_step
             if look.lines or look.checkpoint != first_checkpoint:
                 seen = time.monotonic()
             outcome = progress.outcome(look)
@@ -84,8 +82,8 @@ class ActionModule(ActionBase):
             if outcome == "failed":
                 cause = look.state.get("first_cause") or {}
                 return {**found, "failed": True, "msg": progress.ending(job, outcome, look), "cause": cause}
-            if outcome in ("stopped", "finished"):
-                return {**found, "failed": outcome == "stopped", "msg": progress.ending(job, outcome, look)}
+            if outcome in ("stopped", "finished", "unknown"):
+                return {**found, "failed": outcome != "finished", "msg": progress.ending(job, outcome, look)}
             if outcome == "running" and not last_step:
                 self.others.ask()
             if until == "first_step" and (last_step or look.checkpoint != first_checkpoint):
@@ -97,17 +95,16 @@ class ActionModule(ActionBase):
                 )
                 text = "; ".join([*self.others.obstacles, text])
                 return {**found, "failed": True, "msg": text}
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if not look.more:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def _look(self, job: dict[str, t.Any], cursor: str) -> progress.Look | None:
+    def _look(self, job: dict[str, t.Any], host: str, cursor: str) -> journal.Look | None:
         """Look once; None where the node does not answer at the moment."""
         try:
             answer = self._low_level_execute_command(progress.command(job, cursor))
         except AnsibleConnectionFailure:
             return None
-        if progress.MARK not in answer["stdout"]:
-            return None
-        return progress.parse(answer["stdout"])
+        return journal.parse(host, answer["stdout"])
 
 
 class Others:
@@ -128,10 +125,10 @@ class Others:
         if not self.shells:
             self.shells = {host: connections.shell(self.action, host, self.hostvars) for host in self.hosts}
         with ThreadPoolExecutor(min(AT_ONCE, len(self.hosts))) as pool:
-            words = progress.state_command(self.job)
+            words = journal.state_command(self.job["root"])
             states = dict(zip(self.hosts, pool.map(lambda host: self.shells[host].output(words), self.hosts)))
         before, self.obstacles = self.obstacles, progress.obstacles(states)
         for sentence in self.obstacles:
             if sentence not in before:
-                display.display(f"  {sentence}")
+                terminal.show(f"  {sentence}")
         self.asked = time.monotonic()

@@ -8,10 +8,8 @@ from __future__ import annotations
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import job_state
-
-display = Display()
+from ansible_collections.onprem.torch.plugins.plugin_utils import terminal
 
 
 class ActionModule(ActionBase):
@@ -35,7 +33,7 @@ class ActionModule(ActionBase):
         left_out = [host for host in arguments["hosts"] if host not in task_vars.get("ansible_play_hosts_all", [])]
         if left_out:
             sentence = f"the job needs every node and --limit leaves out {', '.join(left_out)}; run without --limit to start it"
-            display.display(f"\n{sentence}\n")
+            terminal.show([sentence])
             result.update(changed=False, decision="limited", msg=sentence)
             return result
         hostvars = task_vars["hostvars"]
@@ -51,6 +49,6 @@ class ActionModule(ActionBase):
         if decision == "refuse":
             result.update(failed=True, msg=sentence)
             return result
-        display.display(f"\n{sentence}\n")
+        terminal.show([sentence])
         result.update(changed=False, decision=decision, msg=sentence)
         return result

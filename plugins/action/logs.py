@@ -10,11 +10,9 @@ import typing as t
 from concurrent.futures import ThreadPoolExecutor
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import journal, progress
-from ansible_collections.onprem.torch.plugins.plugin_utils import connections
+from ansible_collections.onprem.torch.plugins.plugin_utils import connections, terminal
 
-display = Display()
 SECONDS_BETWEEN_LOOKS = 1.0
 # Looks at the same time; each holds a process of ssh on the control node for some milliseconds.
 AT_ONCE = 32
@@ -57,9 +55,9 @@ class ActionModule(ActionBase):
         result.update(outcome=outcome, lines=shown, unreachable_hosts=sorted(reader.away))
         look = reader.last.get(hosts[0])
         if arguments["follow"] and look:
-            sentence = progress.ending(plan["job"], outcome, progress.Look(look.active, look.result, look.state))
-            display.display(f"\n{sentence}\n")
-            result.update(msg=sentence, failed=outcome == "failed")
+            sentence = progress.ending(plan["job"], outcome, look)
+            terminal.show([sentence])
+            result.update(msg=sentence, failed=outcome in ("failed", "unknown"))
         return result
 
     def _print(self, reader: Reader, rank: int | None, follow: bool) -> tuple[str, int]:
@@ -69,19 +67,19 @@ class ActionModule(ActionBase):
         while True:
             looks = reader.look()
             for host in sorted(reader.away - said):
-                display.warning(f"{host} does not answer; its lines follow when it does")
+                terminal.warn(f"{host} does not answer; its lines follow when it does")
             said = set(reader.away)
             for line in journal.merged(looks.values(), rank):
-                display.display(journal.shown(line, width))
+                terminal.show(journal.shown(line, width))
                 shown += 1
             first = reader.last.get(reader.hosts[0])
-            outcome = progress.outcome(progress.Look(first.active, first.result, first.state)) if first else "unknown"
+            outcome = progress.outcome(first) if first else "unknown"
             more = any(look.lines for look in looks.values())
             if not follow:
                 if not more or not reader.unfinished:
                     return outcome, shown
                 continue
-            if outcome not in ("running", "unknown") and not more:
+            if first and outcome != "running" and not more:
                 return outcome, shown
             if reader.hosts[0] in looks:
                 seen = time.monotonic()
@@ -107,13 +105,13 @@ class Reader:
             found = dict(zip(self.hosts, pool.map(self._look_at, self.hosts)))
         looks = {host: look for host, look in found.items() if look}
         self.away = set(self.hosts) - set(looks)
-        self.unfinished = any(len(look.lines) >= journal.AT_MOST for look in looks.values())
+        self.unfinished = any(look.more for look in looks.values())
         for host, look in looks.items():
             self.last[host] = look
             self.cursors[host] = look.cursor or self.cursors.get(host, "")
         return looks
 
     def _look_at(self, host: str) -> journal.Look | None:
-        text = journal.command(self.job["unit"], f"{self.job['root']}/state/state.json", self.cursors.get(host, ""), self.since)
+        text = journal.command(self.job["unit"], self.job["root"], self.cursors.get(host, ""), self.since)
         output = self.shells[host].output(text)
         return journal.parse(host, output) if output else None

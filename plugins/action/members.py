@@ -8,11 +8,9 @@ from __future__ import annotations
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import spares
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-
-display = Display()
+from ansible_collections.onprem.torch.plugins.plugin_utils import terminal
 
 
 class ActionModule(ActionBase):
@@ -48,7 +46,7 @@ class ActionModule(ActionBase):
         if problems:
             return {**result, "failed": True, "msg": report(problems), "problems": [problem.as_dict() for problem in problems]}
         for lost, spare in replaced.items():
-            display.display(f"\n{spare} takes the place of {lost}, which is out ({spares.OUT})\n")
+            terminal.show([f"{spare} takes the place of {lost}, which is out ({spares.OUT})"])
         ranks = {name: hostvars[name].get("torchrun_node_rank") for name in replaced}
         result.update(
             changed=False,

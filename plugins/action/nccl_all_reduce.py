@@ -12,8 +12,8 @@ import typing as t
 
 from ansible.errors import AnsibleConnectionFailure, AnsibleError
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import (
+    hostile_input,
     job_state,
     launch,
     network,
@@ -23,9 +23,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     verify_text,
 )
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, verify_page, verify_store
-
-display = Display()
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, terminal, verify_page, verify_store
 MODULE = "onprem.torch.nccl_all_reduce"
 PROGRAMS = {
     "nccl_verify_node.py": "nccl_verify",
@@ -93,7 +91,7 @@ class ActionModule(ActionBase):
             return {"failed": True, "needed": False, "msg": sentence}
         if decision == "verify" and self._task.check_mode:
             decision, sentence = "skip", f"{sentence}; nothing is measured in check mode"
-        display.display(f"\n{sentence}\n")
+        terminal.show([sentence])
         job = plan["job"]
         return {
             "needed": decision == "verify",
@@ -196,7 +194,7 @@ class ActionModule(ActionBase):
         found = verify_result.assess(verification, answers, store.history(), time.time())
         entry = {key: found[key] for key in ("time", "verdict", "headline", "figures", "seconds")}
         files = store.keep(entry, found, verify_page.render(found))
-        display.display("\n" + "\n".join(verify_text.screen(found, files)) + "\n")
+        terminal.show(verify_text.screen(found, files))
         result = {"verdict": found["verdict"], "report": found, "files": files, "msg": found["headline"]}
         return {**result, "failed": arguments["fail"] and found["verdict"] == "fail"}
 
@@ -262,4 +260,5 @@ def node_entry(node: t.Mapping[str, t.Any], end: network.Endpoint) -> dict[str, 
 def collected(order: t.Sequence[str], task_vars: t.Mapping[str, t.Any], variable: str) -> dict[str, dict[str, t.Any]]:
     """Return every host's registered answer, by rank."""
     hostvars = task_vars["hostvars"]
-    return {host: dict(hostvars.raw_get(host).get(variable) or {}) for host in order}
+    # Measured by processes of the job's user.
+    return {host: hostile_input.tidy(dict(hostvars.raw_get(host).get(variable) or {}), 1 << 20, lines=True) for host in order}

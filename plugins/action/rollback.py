@@ -8,10 +8,8 @@ from __future__ import annotations
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import job_state
-
-display = Display()
+from ansible_collections.onprem.torch.plugins.plugin_utils import terminal
 
 
 class ActionModule(ActionBase):
@@ -33,13 +31,14 @@ class ActionModule(ActionBase):
             }
         )
         hostvars = (task_vars or {})["hostvars"]
-        infos = {host: (hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") for host in arguments["hosts"]}
-        silent = [host for host, info in infos.items() if not info]
+        found = {host: (hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") for host in arguments["hosts"]}
+        silent = [host for host, info in found.items() if not info]
         if silent:
             text = f"{', '.join(silent)} did not say which releases it has, and the job needs every node; run without --limit"
             return {**result, "failed": True, "msg": text}
+        infos = {host: job_state.received(info) for host, info in found.items()}
         decision, sentence, release = job_state.decide_rollback(infos, arguments["release"])
         result.update(changed=False, decision=decision, release=release, msg=sentence, failed=decision == "refuse")
         if decision != "refuse":
-            display.display(f"\n{sentence}\n")
+            terminal.show([sentence])
         return result

@@ -10,10 +10,8 @@ import time
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
-from ansible_collections.onprem.torch.plugins.module_utils import job_causes, job_state
-
-display = Display()
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, job_causes, job_state
+from ansible_collections.onprem.torch.plugins.plugin_utils import terminal
 
 
 class ActionModule(ActionBase):
@@ -37,17 +35,20 @@ class ActionModule(ActionBase):
             }
         )
         plan = arguments["plan"]
+        raw = (task_vars or {})["hostvars"].raw_get
         if arguments["view"] == "plan":
             data: t.Any = {key: plan[key] for key in ("group", "cuda_version", "order", "nodes", "peers", "job", "fingerprint")}
             lines = job_state.plan_lines(plan)
+            nodes = {host: ((raw(host).get("__cluster_node") or {}).get("node") or {}) for host in plan["order"]}
+            data["odd"] = job_state.odd_states(nodes)
+            lines += data["odd"]
         else:
-            hostvars = (task_vars or {})["hostvars"]
             infos = {
-                host: dict((hostvars.raw_get(host).get(arguments["variable"]) or {}).get("info") or {"error": "no answer"})
+                host: job_state.received((raw(host).get(arguments["variable"]) or {}).get("info"))
                 for host in plan["order"]
             }
             for host, info in infos.items():
-                info["firewall"] = job_state.firewall(hostvars.raw_get(host).get(arguments["firewall_variable"]) or {})
+                info["firewall"] = job_state.firewall(hostile_input.tidy(raw(host).get(arguments["firewall_variable"]) or {}))
             name = plan["job"]["name"]
             if arguments["view"] == "status":
                 data = {"job": name, "time": time.time(), "nodes": infos}
@@ -57,6 +58,6 @@ class ActionModule(ActionBase):
                 lines = job_causes.lines(name, data)
         if arguments["format"] == "json":
             lines = json.dumps(data, indent=2, sort_keys=True).splitlines()
-        display.display("\n" + "\n".join(lines) + "\n")
+        terminal.show(lines)
         result.update(changed=False, lines=lines)
         return result

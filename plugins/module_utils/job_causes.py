@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import symptoms
+from ansible_collections.onprem.torch.plugins.module_utils import job_state, symptoms
 
 # The kernel writes its line some seconds before the job's processes are seen to fail, or as its consequence after it.
 BEFORE_SECONDS, AFTER_SECONDS = 60.0, 15.0
@@ -89,12 +89,13 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
 
     Returns:
         ``sentence`` (one for people), ``cause`` (an event or None), ``evidence`` (all events of that time), ``meaning``
-        (sentences with cures), ``now`` (the job's state), ``unreachable`` and ``history`` (earlier causes, oldest first).
+        (sentences with cures), ``now`` (the job's state), ``odd`` (states that no supervisor has written), ``unreachable`` and ``history`` (earlier causes, oldest first).
     """
     host, state = known_state(infos)
     unreachable = {name: str(info["error"]) for name, info in infos.items() if info.get("error")}
     told = state.get("first_cause") or {}
-    now = str(state.get("text") or "no supervisor has written a state yet")
+    odd = job_state.odd_states(infos)
+    now = str(state.get("text") or "") or "; ".join(odd) or "no supervisor has written a state yet"
     disks = full_disks(infos)
     result: dict[str, t.Any] = {
         "state": str(state.get("state") or "unknown"),
@@ -103,15 +104,17 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         "cause": None,
         "evidence": disks,
         "meaning": [],
+        "odd": odd,
         "unreachable": unreachable,
         "history": list(state.get("history") or []),
     }
     if not told:
-        result["sentence"] = f"nothing has ended the job early: {now}"
+        known = not odd or state.get("text")
+        result["sentence"] = f"{'nothing has ended the job early' if known else 'whether anything has ended the job early is not known'}: {now}"
         return result
-    moment = told.get("time")
+    moment, told_text = told.get("time"), str(told.get("text") or told.get("error") or told.get("reason") or "no text")
     around = events(infos, moment - BEFORE_SECONDS, moment + AFTER_SECONDS) if moment else []
-    cause = event(str(told.get("host") or "an unknown node"), "supervisor", str(told.get("reason")), moment, str(told.get("text")), told.get("rank"))
+    cause = event(str(told.get("host") or "an unknown node"), "supervisor", str(told.get("reason")), moment, told_text, told.get("rank"))
     deeper = [entry for entry in around if entry["source"] == "kernel" and told.get("reason") in UNEXPLAINED]
     # What a worker itself says is the cause unless the kernel has ended it: then its kernel's line is.
     own = [entry for entry in deeper if entry["host"] == told.get("host")] or [entry for entry in deeper if entry["time"] <= moment + 1]
@@ -119,7 +122,7 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         first = own[0]
         cause = {**first, "text": f"{WORDS[first['kind']]}: {first['text']}"}
     result["cause"] = cause
-    result["evidence"] = [event(str(told.get("host")), "supervisor", str(told.get("reason")), moment, str(told.get("text")))] + around + disks
+    result["evidence"] = [event(str(told.get("host")), "supervisor", str(told.get("reason")), moment, told_text)] + around + disks
     result["meaning"] = meaning(result["evidence"], cause)
     where = "" if cause["text"].startswith(cause["host"]) else f"{cause['host']}: "
     result["sentence"] = f"first on {where}{cause['text']}"
@@ -154,6 +157,7 @@ def lines(job: str, found: t.Mapping[str, t.Any]) -> list[str]:
         text.append("  evidence")
     text += [f"    {clock(entry['time'])}  {entry['host']}  {entry['source']}: {entry['text']}" for entry in found["evidence"][:20]]
     text += [f"    {'':19}  {host}  does not answer: {error}" for host, error in found["unreachable"].items()]
+    text += [f"    {'':19}  {sentence}" for sentence in found["odd"]]
     earlier = found["history"][:-1]
     if earlier:
         text.append("  earlier")

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import typing as t
+
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, journal
 
 # Lines of the kernel's log that end training, and what kind of event they are.
 KERNEL = (
@@ -20,6 +21,7 @@ KERNEL = (
     ("machine check", re.compile(r"Machine check events logged|Hardware Error")),
 )
 AT_MOST = 40  # events of the kernel, newest
+MOST_REPORTS = 200  # of a run, newest
 STAMPED = re.compile(r"^(\d+\.\d+) \S+ ([^:]+): (.*)$")
 
 
@@ -39,55 +41,48 @@ def kernel_events(output: str) -> list[dict[str, t.Any]]:
     for moment, text in stamped(output):
         kind = next((name for name, pattern in KERNEL if pattern.search(text)), "")
         if kind:
-            found.append({"kind": kind, "time": moment, "text": text[:300]})
+            found.append({"kind": kind, "time": moment, "text": hostile_input.printable(text, 300)})
     return found[-AT_MOST:]
 
 
-def last_step(output: str, pattern: str) -> tuple[str, float | None]:
-    """Return the last line of a training step and its time, from ``journalctl --output=short-unix``."""
-    steps = [(moment, text) for moment, text in stamped(output) if re.search(pattern, text)] if pattern else []
-    return (steps[-1][1].strip(), steps[-1][0]) if steps else ("", None)
+def last_step(lines: t.Sequence[journal.Line], pattern: str) -> tuple[str, float | None]:
+    """Return the last line of a training step and its time."""
+    found = hostile_input.search(pattern, [line.text for line in lines])
+    return next(((line.text.strip(), line.time) for line, is_step in zip(reversed(lines), reversed(found)) if is_step), ("", None))
 
 
 def error_files(log_dir: str, runs: int = 4) -> list[dict[str, t.Any]]:
     """Return the error.json files of the newest runs below torchrun's log folder, oldest first.
 
-    torchrun writes them to LOG_DIR/RUN/attempt_N/LOCAL_RANK/error.json.
+    torchrun writes them to LOG_DIR/RUN/attempt_N/LOCAL_RANK/error.json. The folder is the job's own, so what lies there
+    need not be torchrun's, and need not be few.
     """
-    folders = sorted(glob.glob(os.path.join(glob.escape(log_dir), "*/")), key=modified)[-runs:]
+    folders = [entry for entry in hostile_input.find(log_dir, "*") if entry.folder]
     found = []
-    for folder in folders:
-        for path in glob.glob(os.path.join(glob.escape(folder), "**", "error.json"), recursive=True):
-            report = error_report(path)
+    for folder in sorted(folders, key=lambda entry: entry.modified)[-runs:]:
+        reports = hostile_input.find(log_dir, f"{glob.escape(folder.path)}/**/error.json")
+        for entry in sorted(reports, key=lambda entry: entry.modified)[-MOST_REPORTS:]:
+            report = error_report(log_dir, entry)
             if report:
-                local_rank = os.path.basename(os.path.dirname(path))
-                found.append({**report, "path": path, "local_rank": int(local_rank) if local_rank.isdigit() else None})
+                local_rank = os.path.basename(os.path.dirname(entry.path))
+                number = int(local_rank) if re.fullmatch(r"[0-9]{1,6}", local_rank) else None
+                path = hostile_input.shown(os.path.join(log_dir, entry.path))
+                found.append({**report, "path": path, "local_rank": number})
     return sorted(found, key=lambda report: report["time"])
 
 
-def error_report(path: str) -> dict[str, t.Any]:
+def error_report(log_dir: str, entry: hostile_input.Found) -> dict[str, t.Any]:
     """Return time and message of one error.json, empty where it holds none."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            content = json.load(stream)
-        message = content["message"]
-        text = message["message"] if isinstance(message, dict) else str(message)
-        stamp = (message.get("extraInfo") or {}).get("timestamp") if isinstance(message, dict) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = hostile_input.parse_json(hostile_input.read_text(log_dir, entry.path))
+    except hostile_input.Odd:
         return {}
-    if not text or text.startswith("SignalException"):
+    message = content.get("message") if isinstance(content, dict) else None
+    text = message.get("message") if isinstance(message, dict) else message
+    if not isinstance(text, str) or not text or text.startswith("SignalException"):
         return {}  # torchrun's word for having been told to end
-    # torch rounds the timestamp to whole seconds, the file's time does not.
-    moment = modified(path) or float(stamp or 0)
-    return {"time": moment, "text": " ".join(text.split())[:500]}
-
-
-def modified(path: str) -> float:
-    """Return when a path was changed, 0 where it is gone."""
-    try:
-        return os.path.getmtime(path)
-    except OSError:
-        return 0.0
+    # torch rounds its own timestamp to whole seconds, the file's time does not.
+    return {"time": entry.modified, "text": hostile_input.printable(" ".join(text[:5000].split()), 500)}
 
 
 def room(paths: t.Iterable[str]) -> list[dict[str, t.Any]]:
@@ -120,10 +115,12 @@ def gpu_processes(output: str, unit_of: t.Callable[[int], str]) -> list[dict[str
     """
     found = []
     for row in output.splitlines():
-        fields = [field.strip() for field in row.split(",")]
-        if len(fields) != 4 or not fields[1].isdigit():
+        # A process chooses its name; it may hold commas.
+        found_row = re.fullmatch(r"\s*([^,]*),\s*([0-9]{1,10}),\s*(.*),\s*([^,]*)", row)
+        if not found_row:
             continue
-        used = re.match(r"(\d+) MiB", fields[3])
+        fields = found_row.groups()
+        used = re.match(r"(\d{1,9}) MiB", fields[3])
         found.append(
             {
                 "gpu": fields[0],

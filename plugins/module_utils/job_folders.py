@@ -26,7 +26,7 @@ import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, safe_files, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, safe_files, source_tree
 
 RECORD = "release.json"
 HISTORY = "history.json"
@@ -314,12 +314,8 @@ def forget(root: str) -> None:
 
 def finished(root: str, release: str) -> bool:
     """Return whether the supervisor has marked this release as done."""
-    try:
-        with safe_files.pinned(root, "state") as folder:
-            mark = json.loads(safe_files.read_text(os.path.join(folder, "done"), 1 << 16))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(mark, dict) and mark.get("release") == release
+    done, _odd = hostile_input.load(root, "state/done", hostile_input.Fields({"release": hostile_input.Text(255)}, required=("release",)))
+    return bool(done and done["release"] == release)
 
 
 def remove(root: str, name: str) -> None:

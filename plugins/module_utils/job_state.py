@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import job_folders, nvidia_text
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, job_folders, nvidia_text, supervisor_state
 
 
 def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
@@ -71,6 +71,19 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
     if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
         return "follow", f"the job runs the release {release} already", release
     return "rollback", f"the job goes back to the release {release}: it writes a checkpoint, stops, and resumes with it", release
+
+
+def received(info: t.Any) -> dict[str, t.Any]:
+    """Return what torchrun_info has found on a node, with a state in its shape and all texts printable.
+
+    Args:
+        info: its ``info``; nothing of it where the node did not answer.
+    """
+    if not isinstance(info, dict) or not info:
+        return {"error": "no answer"}
+    found = {key: hostile_input.tidy(value) for key, value in info.items() if key != "state"}
+    state, odd = supervisor_state.checked(info.get("state"))
+    return {**found, "state": state, "state_odd": str(found.get("state_odd") or "") or odd}
 
 
 def table(rows: t.Sequence[t.Sequence[t.Any]], header: t.Sequence[str]) -> list[str]:
@@ -148,7 +161,7 @@ def status_rows(infos: t.Mapping[str, t.Mapping[str, t.Any]], order: t.Sequence[
             (
                 host,
                 rank,
-                unit_word(info["unit"], str(state.get("state") or "")),
+                "unknown" if info.get("state_odd") else unit_word(info["unit"], str(state.get("state") or "")),
                 age(info["since"], now) if info.get("since") else "-",
                 state.get("generation", "-"),
                 "-" if left is None else left,
@@ -212,7 +225,13 @@ def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: 
     """Return the job's status as a table."""
     texts = [str((info.get("state") or {}).get("text") or "") for info in (infos.get(host) or {} for host in order)]
     headline = next((text for text in texts if text), "no supervisor has written a state yet")
-    return [f"job {job}: {headline}", *table(status_rows(infos, order, time.time()), STATUS_HEADER), *firewall_lines(infos, order)]
+    rows = table(status_rows(infos, order, time.time()), STATUS_HEADER)
+    return [f"job {job}: {headline}", *rows, *odd_states(infos), *firewall_lines(infos, order)]
+
+
+def odd_states(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[str]:
+    """Return a line for each node whose state.json is not what a supervisor writes."""
+    return [f"{host}: {info['state_odd']}" for host, info in infos.items() if info.get("state_odd")]
 
 
 def firewall(answer: t.Mapping[str, t.Any]) -> dict[str, t.Any] | None:

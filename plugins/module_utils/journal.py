@@ -5,16 +5,25 @@
 
 from __future__ import annotations
 
-import json
+import base64
 import re
 import shlex
 import time
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils.hostile_input import Fields, Shape, Text
 
 MARK = "--onprem-torch--"
-# Lines of one look; the next one goes on after them.
-AT_MOST = 5000
+# A message of more than 4096 bytes is null in JSON, so no line has more than some thousand characters.
+AS_JSON = ("--quiet", "--no-pager", "--output=json", "--output-fields=MESSAGE")
+# Lines and bytes of one look; the next one goes on after them.
+AT_MOST, MOST_BYTES = 5000, 8 << 20
+# Characters of a line that a person is shown.
+MOST_WIDTH = 4096
+# How state.json is read: bytes at a time, and how long a file system may take.
+BLOCK, SECONDS = 1 << 16, 10
 RANK = re.compile(r"\[rank (\d+)\]")
 
 
@@ -39,32 +48,98 @@ class Line:
         return int(found.group(1)) if found else None
 
 
+class Message(Shape):
+    """What a journal's MESSAGE may be; message() tells."""
+
+    def clean(self, value: t.Any, name: str) -> t.Any:
+        return value
+
+
+class Digits(Text):
+    """A number of microseconds, as text."""
+
+    def clean(self, value: t.Any, name: str) -> str:
+        if not re.fullmatch(r"[0-9]{1,16}", super().clean(value, name)):
+            raise self.odd(value, name)
+        return str(value)
+
+
+ENTRY = Fields({"__CURSOR": Text(1000), "__REALTIME_TIMESTAMP": Digits(), "MESSAGE": Message()}, required=("__CURSOR", "__REALTIME_TIMESTAMP"))
+
+
 def ranks(nodes: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[int, str]:
     """Return which host each global rank runs on, from the plan's nodes."""
     hosts = [node["host"] for node in sorted(nodes.values(), key=lambda node: node["rank"]) for _process in range(node["nproc"])]
     return dict(enumerate(hosts))
 
 
-def command(unit: str, state_file: str, cursor: str, since: str) -> str:
-    """Return a shell command that prints the unit's state, the supervisor's, and the next lines of the journal as JSON.
+def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str = "") -> str:
+    """Return a shell command that looks at a unit once; cheap enough to be run every second.
+
+    It prints the unit's state, the supervisor's, the newest checkpoint and the next lines of the journal, with marks
+    between them. What the job can shape is Base64 or JSON, so that nothing in it can be taken for a mark or a cursor.
+    Without a pager: Ansible's connection has a terminal where it may have to answer sudo, and the pager's codes would be read.
 
     Args:
         unit: name of the unit.
-        state_file: path of the supervisor's state.json.
+        root: the job's folder.
         cursor: where the last look ended, empty for the first.
         since: where the first look begins, as journalctl understands it; empty for the unit's last start.
+        checkpoints: pattern of the checkpoints for the shell; empty where they are not asked for.
     """
     name = shlex.quote(unit)
-    journal = f"journalctl --quiet --no-pager --output=json --output-fields=MESSAGE --unit={name}"
+    journal = f"journalctl {' '.join(AS_JSON)} --unit={name}"
     if cursor:
         journal += f" --after-cursor={shlex.quote(cursor)}"
     elif since:
         journal += f" --since={shlex.quote(since)}"
     else:
+        # The lines since this start of the unit, not those of earlier runs.
         journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --no-pager --property=InvocationID --value {name})"
-    journal += f" | head -n {AT_MOST}"
-    parts = [f"systemctl show --no-pager --property=ActiveState --property=Result {name}", f"cat {shlex.quote(state_file)} 2>/dev/null", journal]
-    return f"; echo {MARK}; ".join(parts)
+    parts = [
+        f"systemctl show --no-pager --property=ActiveState --property=Result {name}",
+        state_command(root),
+        f"{newest_command(checkpoints)} | base64 -w 0" if checkpoints else "true",
+        f"{journal} 2>/dev/null | head -n {AT_MOST} | head -c {MOST_BYTES}",
+    ]
+    return f"; echo; echo {MARK}; ".join(parts)
+
+
+def newest_command(checkpoints: str) -> str:
+    """Return a shell command that prints the path of the newest checkpoint; a folder that is one by its own name."""
+    look = shlex.quote(f"ls -1td -- {checkpoints}")
+    return f"timeout -k 1 {SECONDS} sh -c {look} 2>/dev/null | head -n 1 | head -c 4096"
+
+
+def state_command(root: str) -> str:
+    """Return a shell command that prints a node's state.json as Base64, and ``-`` where it cannot be read.
+
+    The file is the job's user's. Without following a link and without waiting for who may write into a FIFO, dd reads at
+    most so much of it. Its folder lies in one of root's.
+    """
+    path = shlex.quote(f"{root}/{supervisor_state.FILE}")
+    blocks = supervisor_state.MOST_BYTES // BLOCK + 1
+    read = f"timeout -k 1 {SECONDS} dd if={path} iflag=nofollow,nonblock bs={BLOCK} count={blocks} status=none 2>/dev/null | base64 -w 0"
+    there = f"timeout -k 1 {SECONDS} test -e {path} || test -L {path}"
+    return f's=$({read}); if [ -z "$s" ] && {{ {there}; }}; then s=-; fi; echo "$s"'
+
+
+def parse_state(text: str) -> tuple[dict[str, t.Any], str]:
+    """Return the state from what the command printed, and a sentence where the file is not what a supervisor writes."""
+    text = text.strip()
+    if not text:
+        return {}, ""  # a job that was never started has none
+    try:
+        content = base64.b64decode(text, validate=True).decode("utf-8", "replace")
+    except ValueError:
+        return {}, supervisor_state.sentence("state.json is no file that can be read")
+    return supervisor_state.parse(content)
+
+
+def pattern(folder: str, glob: str) -> str:
+    """Return a pattern of file names for the shell, in which nothing but the wildcards has a meaning."""
+    wild = "".join(character if character in "*?[]!^-" else shlex.quote(character) for character in glob)
+    return f"{shlex.quote(folder)}/{wild}"
 
 
 @dataclass(frozen=True)
@@ -75,43 +150,74 @@ class Look:
         active: ActiveState of the unit.
         result: Result of the unit.
         state: the supervisor's state.
+        odd: why there is no state although there is a file, as a sentence; else empty.
         lines: new lines.
         cursor: where the next look goes on; empty where there was no line.
+        checkpoint: path of the newest checkpoint, or an empty string.
+        more: whether there may be more lines already.
     """
 
     active: str
     result: str
-    state: dict[str, t.Any]
-    lines: list[Line]
-    cursor: str
+    state: dict[str, t.Any] = field(default_factory=dict)
+    odd: str = ""
+    lines: list[Line] = field(default_factory=list)
+    cursor: str = ""
+    checkpoint: str = ""
+    more: bool = False
 
 
 def parse(host: str, output: str) -> Look | None:
     """Return what the command's output says, None where it is not whole."""
-    parts = output.split(MARK, 2)
-    if len(parts) < 3:
+    parts = output.split(MARK, 3)
+    if len(parts) < 4:
         return None
     show = dict(line.strip().split("=", 1) for line in parts[0].splitlines() if "=" in line)
-    try:
-        state = json.loads(parts[1])
-    except ValueError:
-        state = {}
-    lines, cursor = [], ""
-    for text in parts[2].splitlines():
+    state, odd = parse_state(parts[1])
+    lines, cursor, whole = entries(host, parts[3])
+    more = len(lines) >= AT_MOST or not whole
+    return Look(show.get("ActiveState", ""), show.get("Result", ""), state, odd, lines, cursor, decoded(parts[2]), more)
+
+
+def entries(host: str, output: str) -> tuple[list[Line], str, bool]:
+    """Return the lines of ``journalctl --output=json``, the last one's cursor, and whether none was cut.
+
+    Each entry is a line of its own, whatever a job has printed; only journald writes fields that begin with ``_``.
+    """
+    lines, cursor, whole = [], "", True
+    for text in output.split("\n"):  # splitlines knows more ends of lines than JSON does
+        if not text.strip():
+            continue
         try:
-            entry = json.loads(text)
-        except ValueError:
+            entry = hostile_input.check(hostile_input.parse_json(text), ENTRY)
+        except hostile_input.Odd:
+            whole = False
             continue
         cursor = entry["__CURSOR"]
-        lines.append(Line(int(entry["__REALTIME_TIMESTAMP"]) / 1e6, host, message(entry.get("MESSAGE"))))
-    return Look(show.get("ActiveState", ""), show.get("Result", ""), state, lines, cursor)
+        lines.append(Line(int(entry["__REALTIME_TIMESTAMP"]) / 1e6, host, message(entry.get("MESSAGE", ""))))
+    return lines, cursor, whole
+
+
+def decoded(text: str) -> str:
+    """Return a printable line from Base64."""
+    try:
+        return hostile_input.printable(base64.b64decode(text).decode("utf-8", "replace").strip(), 4096)
+    except ValueError:
+        return ""
 
 
 def message(value: t.Any) -> str:
-    """Return the text of a journal's MESSAGE, which is a list of bytes where it is not plain text."""
-    if isinstance(value, list):
-        return bytes(value).decode("utf-8", "replace")
-    return str(value or "")
+    """Return the text of a journal's MESSAGE, which anyone in the unit can have written.
+
+    Text; a list of bytes where it is not plain text; a list of these where an entry has several; null where it is long.
+    """
+    if value is None:
+        return "(a line of more than 4096 bytes; journalctl on the node shows it)"
+    if isinstance(value, list) and value and all(type(item) is int and 0 <= item < 256 for item in value):
+        value = bytes(value).decode("utf-8", "replace")
+    elif isinstance(value, list):
+        value = " ".join(message(item) for item in value[:10] if not isinstance(item, list) or all(type(byte) is int for byte in item))
+    return hostile_input.printable(value, MOST_WIDTH) if isinstance(value, str) else ""
 
 
 def merged(looks: t.Iterable[Look], rank: int | None = None) -> list[Line]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ import struct
 import subprocess
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import safe_files
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, safe_files, supervisor_state
 
 TCP_LISTEN = "0A"  # net/tcp_states.h: TCP_LISTEN = 10
 
@@ -285,22 +284,20 @@ def firewalls(root: str = "/") -> dict[str, list[str]]:
 
 def newest(folder: str, pattern: str) -> dict[str, t.Any]:
     """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True) if folder else []:
-        try:
-            found.append((os.path.getmtime(path), path, os.path.getsize(path)))
-        except OSError:
-            continue  # replaced while we looked
+    found = hostile_input.find(folder, pattern) if folder else []
     if not found:
         return {}
-    modified, path, size = max(found)
-    return {"path": path, "name": os.path.basename(path), "time": modified, "bytes": size}
+    latest = max(found, key=lambda entry: (entry.modified, entry.path))
+    path = hostile_input.printable(os.path.join(folder, latest.path), 4096)
+    return {"path": path, "name": os.path.basename(path), "time": latest.modified, "bytes": latest.size}
 
 
-def checkpoint_hosts(job_root: str) -> list[str]:
-    """Return the hosts on which the job's supervisors have seen checkpoints, as this node knows it."""
-    try:
-        state = json.loads(read_text(os.path.join(job_root, "state", "state.json"), "{}")) if job_root else {}
-    except ValueError:
-        state = {}
-    return [str(host) for host in state.get("checkpoint_hosts") or []]
+def job_state(job_root: str) -> dict[str, t.Any]:
+    """Return what the plan needs of what this node's supervisor knows.
+
+    Returns:
+        ``checkpoint_hosts``: the hosts on which the job's supervisors have seen checkpoints; ``state_odd``: a sentence
+        where the supervisor's file is not what a supervisor writes, so that nothing is known, else empty.
+    """
+    state, odd = supervisor_state.read(job_root)
+    return {"checkpoint_hosts": list(state.get("checkpoint_hosts") or []), "state_odd": odd}

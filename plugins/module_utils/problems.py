@@ -8,8 +8,12 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass
 
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input
+
 # Hosts that a sentence names before it counts the rest.
 NAMES_SHOWN = 8
+# Characters of a sentence.
+MOST_WIDTH = 20_000
 
 
 @dataclass(frozen=True)
@@ -62,4 +66,5 @@ def report(problems: t.Sequence[Problem]) -> str:
     """Return all problems as one text: a headline and a line each."""
     lines = [f"  - {problem.sentence()}" for problem in merged(problems)]
     headline = f"{len(lines)} problem{'s' if len(lines) > 1 else ''} found, nothing was changed:"
-    return "\n".join([headline, *lines])
+    # Parts of it may come from a node or a job.
+    return "\n".join(hostile_input.printable(line, MOST_WIDTH) for line in [headline, *lines])

@@ -5,103 +5,38 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shlex
 import typing as t
-from dataclasses import dataclass, field
 
-MARK = "--onprem-torch--"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one look saw.
-
-    Attributes:
-        active: ActiveState of the unit.
-        result: Result of the unit.
-        state: the supervisor's state.
-        lines: new lines of the journal.
-        cursor: where the next look goes on.
-        checkpoint: path of the newest checkpoint, or an empty string.
-    """
-
-    active: str
-    result: str
-    state: dict[str, t.Any]
-    lines: list[str] = field(default_factory=list)
-    cursor: str = ""
-    checkpoint: str = ""
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, journal
+from ansible_collections.onprem.torch.plugins.module_utils.journal import Look
 
 
 def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
-    """Return a shell command that looks once; cheap enough to be run every second.
-
-    Without a pager: Ansible's connection has a terminal where it may have to answer sudo, and the pager's codes would be read.
-    """
-    unit = shlex.quote(job["unit"])
-    journal = f"SYSTEMD_COLORS=0 journalctl --quiet --no-pager --output=cat --show-cursor --unit={unit}"
-    if cursor:
-        journal += f" --after-cursor={shlex.quote(cursor)}"
-    else:
-        # The lines since this start of the unit, not those of earlier runs.
-        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --no-pager --property=InvocationID --value {unit})"
-    checkpoints = f"{shlex.quote(job['checkpoint_dir'])}/{job['checkpoint_glob']}"
-    return "; ".join(
-        [
-            f"systemctl show --no-pager --property=ActiveState --property=Result {unit}",
-            f"echo {MARK}",
-            f"{state_command(job)} 2>/dev/null",  # a job that was never started has none
-            f"echo {MARK}",
-            f"ls -1t {checkpoints} 2>/dev/null | head -n 1",
-            f"echo {MARK}",
-            journal,
-        ]
-    )
-
-
-def parse(output: str) -> Look:
-    """Return what the command's output says."""
-    show, state_text, checkpoint, journal = (part.strip("\r\n") for part in output.split(MARK, 3))
-    fields = dict(line.strip().split("=", 1) for line in show.splitlines() if "=" in line)
-    try:
-        state = json.loads(state_text) if state_text.strip() else {}
-    except ValueError:
-        state = {}
-    lines = journal.splitlines()
-    cursor = ""
-    if lines and lines[-1].startswith("-- cursor: "):
-        cursor = lines.pop()[len("-- cursor: ") :].strip()
-    return Look(fields.get("ActiveState", ""), fields.get("Result", ""), state, lines, cursor, checkpoint.strip())
-
-
-def state_command(job: t.Mapping[str, t.Any]) -> str:
-    """Return a shell command that prints what a node's supervisor knows."""
-    return f"cat {shlex.quote(job['root'] + '/state/state.json')}"
+    """Return a shell command that looks at rank 0's unit once."""
+    checkpoints = journal.pattern(job["checkpoint_dir"], job["checkpoint_glob"])
+    return journal.command(job["unit"], job["root"], cursor, checkpoints=checkpoints)
 
 
 def obstacles(states: t.Mapping[str, str | None]) -> list[str]:
     """Return what keeps nodes from taking part, a sentence each: what a supervisor cannot tell rank 0 it cannot reach.
 
     Args:
-        states: host to the text of its state.json; None or anything else where it has none.
+        states: host to what ``journal.state_command`` printed there; None or anything else where it has no state.
     """
     found = []
     for host, text in states.items():
-        try:
-            state = json.loads(text or "")
-            node = state["node"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if not node.get("connected") and state.get("state") == "waiting":
+        state, odd = journal.parse_state(text or "")
+        node = state.get("node") or {}
+        if odd:
+            found.append(f"{host}: {odd}")
+        if node.get("connected") is False and state.get("state") == "waiting":
             found.append(f"{host}: {state.get('text')}")
         found += [f"{host}: {sentence}" for sentence in node.get("blocked") or []]
     return found
 
 
 def outcome(look: Look) -> str:
-    """Return ``finished``, ``failed``, ``stopped`` or ``running``."""
+    """Return ``finished``, ``failed``, ``stopped``, ``running`` or, for a unit that does not run, ``unknown``."""
     state = str(look.state.get("state") or "")
     if look.active in ("active", "activating", "reloading", "deactivating"):
         return "running"
@@ -109,7 +44,7 @@ def outcome(look: Look) -> str:
         return "failed"
     if state == "done":
         return "finished"
-    return "stopped"
+    return "unknown" if look.odd else "stopped"
 
 
 def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
@@ -117,7 +52,7 @@ def cause_sentence(job: t.Mapping[str, t.Any], look: Look) -> str:
     cause = " ".join(str((look.state.get("first_cause") or {}).get("text") or "").split())
     if cause:
         return f"the job {job['name']} failed first on {cause[:600]}"
-    reason = str(look.state.get("text") or "") or f"its unit ended with {look.result or 'an unknown result'}"
+    reason = look.odd or str(look.state.get("text") or "") or f"its unit ended with {look.result or 'an unknown result'}"
     return f"the job {job['name']} failed: {reason[:600]}"
 
 
@@ -129,12 +64,14 @@ def ending(job: t.Mapping[str, t.Any], outcome_: str, look: Look) -> str:
         return f"the job {job['name']} was stopped before it finished; start it again"
     if outcome_ == "finished":
         return f"the job {job['name']} has finished"
+    if look.odd:
+        return f"the job {job['name']} does not run, and how it has ended is not known: {look.odd}"
     return f"the job {job['name']} may run on, but its node with rank 0 does not answer"
 
 
-def is_step(line: str, pattern: str) -> bool:
-    """Return whether a line tells of a training step."""
-    return bool(pattern and re.search(pattern, line))
+def last_step(lines: t.Sequence[str], pattern: str) -> str:
+    """Return the last line that tells of a training step, or an empty string."""
+    return next((line.strip() for line, is_step in zip(reversed(lines), reversed(hostile_input.search(pattern, lines))) if is_step), "")
 
 
 def summary(job: t.Mapping[str, t.Any], host: str, found: t.Mapping[str, t.Any]) -> list[str]:

@@ -186,6 +186,9 @@ node:
       description: Hosts on which the job's supervisors have seen checkpoints.
       type: list
       elements: str
+    state_odd:
+      description: Why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty.
+      type: str
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -211,14 +214,19 @@ import time
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, folder_access, hardware, node_facts, safe_files
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, folder_access, hardware, hostile_input, node_facts, safe_files
 
 
-# Files of the job's or a user's, which are read with the rights of the job's user, or of root where it is yet to be made.
-def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any) -> t.Any:
-    """Return what was found in a folder that may hang or mislead, a default where no answer comes."""
+UNKNOWN_STATE = {"checkpoint_hosts": [], "state_odd": "the job's folder of states cannot be read"}
+
+
+def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any, seconds: float = safe_files.SECONDS) -> t.Any:
+    """Return what was found in a folder that may hang or mislead, a default where no answer comes.
+
+    Files of the job's or of a user's are read with the rights of the job's user, or of root where it is yet to be made.
+    """
     try:
-        return safe_files.as_user(who, work)
+        return safe_files.as_user(who, work, seconds)
     except (OSError, RuntimeError):
         return default
 
@@ -292,15 +300,16 @@ def main() -> None:
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
         "secret_ids": node_facts.secret_ids(),
-        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}),
-        "checkpoint_hosts": looked(reader, lambda: node_facts.checkpoint_hosts(params["job_root"]), []),
+        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0),
+        **looked(reader, lambda: node_facts.job_state(params["job_root"]), UNKNOWN_STATE),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "hardware": hardware.collect(root="/"),
     }
-    module.exit_json(changed=False, node=node)
+    # Users of the node choose the names of their processes and files.
+    module.exit_json(changed=False, node=hostile_input.tidy(node, 1 << 20, lines=True))
 
 
 if __name__ == "__main__":

@@ -74,8 +74,11 @@ info:
       description: Time of the unit's last change of state, in seconds since 1970.
       type: float
     state:
-      description: The supervisor's state, as docs/supervisor.md describes it.
+      description: The supervisor's state, as docs/supervisor.md describes it; empty where it is not what a supervisor writes.
       type: dict
+    state_odd:
+      description: Why there is no state although there is a file, as a sentence; else empty.
+      type: str
     checkpoint:
       description: C(path), C(name), C(time) in seconds since 1970 and C(bytes) of the newest checkpoint.
       type: dict
@@ -101,18 +104,18 @@ info:
       elements: dict
 """
 
-import json
-import os
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import job_evidence, job_folders, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, job_evidence, job_folders, journal, node_facts, supervisor_state
 
 PROPERTIES = ("LoadState", "ActiveState", "Result", "StateChangeTimestampMonotonic")
 # Step lines are looked for in so many of the journal's last lines.
 JOURNAL_LINES = 400
 SMI = ["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=csv,noheader"]
 DAYS_OF_KERNEL = 7
+# A firewall that logs packets may fill a disk.
+KERNEL_LINES = "--lines=100000"
 
 
 def gpu_processes(module: AnsibleModule) -> list[dict[str, object]]:
@@ -128,7 +131,7 @@ def evidence(module: AnsibleModule) -> dict[str, object]:
     """Return what the node itself tells about the end of a job."""
     params = module.params
     since = f"--since=-{DAYS_OF_KERNEL}d"
-    _code, kernel, _stderr = module.run_command(["journalctl", "--dmesg", "--output=short-unix", "--quiet", "--no-pager", since])
+    _code, kernel, _stderr = module.run_command(["journalctl", "--dmesg", "--output=short-unix", "--quiet", "--no-pager", since, KERNEL_LINES])
     places = [params["checkpoint_dir"], params["log_dir"], params["root"], "/dev/shm", "/tmp"]
     return {
         "kernel": job_evidence.kernel_events(kernel),
@@ -155,31 +158,31 @@ def main() -> None:
     _code, stdout, _stderr = module.run_command(["systemctl", "show", *(f"--property={name}" for name in PROPERTIES), unit])
     show = dict(line.split("=", 1) for line in stdout.splitlines() if "=" in line)
     there = show.get("LoadState") == "loaded"
-    try:
-        state = json.loads(node_facts.read_text(os.path.join(params["root"], "state", "state.json"), "{}"))
-    except ValueError:
-        state = {}
+    state, odd = supervisor_state.read(params["root"])
     since = int(show.get("StateChangeTimestampMonotonic") or 0) / 1e6
     step, step_time = "", None
     if params["step_pattern"] and there:
-        command = ["journalctl", "--unit", unit, "--output", "short-unix", "--lines", str(JOURNAL_LINES), "--quiet", "--no-pager"]
+        command = ["journalctl", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
         _code, stdout, _stderr = module.run_command(command)
-        step, step_time = job_evidence.last_step(stdout, params["step_pattern"])
+        step, step_time = job_evidence.last_step(journal.entries("", stdout)[0], params["step_pattern"])
     module.exit_json(
         changed=False,
-        info={
-            "unit": show.get("ActiveState", "") if there else "absent",
-            "result": show.get("Result", ""),
-            "since": time.time() - time.monotonic() + since if since else None,
-            "state": state,
-            "checkpoint": node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]),
-            "step": step,
-            "step_time": step_time,
-            "gpus": gpu_processes(module),
-            "evidence": evidence(module) if params["evidence"] else {},
-            "release": job_folders.current(params["root"]),
-            "releases": job_folders.history(params["root"]),
-        },
+        info=hostile_input.tidy(
+            {
+                "unit": show.get("ActiveState", "") if there else "absent",
+                "result": show.get("Result", ""),
+                "since": time.time() - time.monotonic() + since if since else None,
+                "state": state,
+                "state_odd": odd,
+                "checkpoint": node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]),
+                "step": step,
+                "step_time": step_time,
+                "gpus": gpu_processes(module),
+                "evidence": evidence(module) if params["evidence"] else {},
+                "release": job_folders.current(params["root"]),
+                "releases": job_folders.history(params["root"]),
+            }
+        ),
     )
 
 

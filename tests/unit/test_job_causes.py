@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import job_causes, job_evidence
+from ansible_collections.onprem.torch.plugins.module_utils import job_causes, job_evidence, journal
 
 OOM = "1700000099.100000 n2 kernel: Out of memory: Killed process 4242 (python3) total-vm:1kB, anon-rss:1kB"
 XID = "1700000098.500000 n3 kernel: NVRM: Xid (PCI:0000:65:00): 79, pid=1234, name=python3, GPU has fallen off the bus."
@@ -86,10 +86,10 @@ def test_reports_of_workers_are_found_and_those_of_an_ordered_end_are_not(tmp_pa
 
 
 def test_the_last_step_and_its_time():
-    text = "5.100000 n1 python[3]: [rank 0] step 1\n6.200000 n1 python[3]: [rank 0] step 2\n7.000000 n1 python[3]: saved\n  more\n"
-    assert job_evidence.last_step(text, r"step \d") == ("[rank 0] step 2", 6.2)
-    assert job_evidence.last_step(text, "") == ("", None)
-    assert job_evidence.last_step("", r"step") == ("", None)
+    lines = [journal.Line(5.1, "n1", "[rank 0] step 1"), journal.Line(6.2, "n1", "[rank 0] step 2 "), journal.Line(7.0, "n1", "saved")]
+    assert job_evidence.last_step(lines, r"step \d") == ("[rank 0] step 2", 6.2)
+    assert job_evidence.last_step(lines, "") == ("", None)
+    assert job_evidence.last_step([], r"step") == ("", None)
 
 
 def test_processes_that_hold_gpu_memory():

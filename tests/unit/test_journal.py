@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 
@@ -13,13 +14,14 @@ def entry(moment, message, cursor="c"):
     return json.dumps({"__CURSOR": cursor, "__REALTIME_TIMESTAMP": str(int(moment * 1e6)), "MESSAGE": message})
 
 
-def output(*entries, active="active", state="{}"):
-    return f"ActiveState={active}\nResult=success\n{journal.MARK}\n{state}\n{journal.MARK}\n" + "\n".join(entries) + "\n"
+def output(*entries, active="active", state='{"state": "running"}'):
+    parts = [f"ActiveState={active}\nResult=success\n", base64.b64encode(state.encode()).decode(), "", "\n".join(entries) + "\n"]
+    return f"\n{journal.MARK}\n".join(parts)
 
 
 def test_the_command_is_shell_that_runs():
     for cursor, since in (("", ""), ("s=a;i=1", ""), ("", "it's 5 min ago")):
-        text = journal.command("torchrun-it's.service", "/a b/state.json", cursor, since)
+        text = journal.command("torchrun-it's.service", "/a b", cursor, since)
         assert subprocess.run(["sh", "-n", "-c", text], check=False).returncode == 0
         assert ("--after-cursor" in text) == bool(cursor)
         assert ("--since" in text) == bool(since)
@@ -35,7 +37,7 @@ def test_lines_of_all_nodes_are_merged_by_time():
     assert journal.shown(lines[1], 4).endswith(" n2   [rank 1] c")
 
 
-@pytest.mark.parametrize("text", ["", "ActiveState=active", f"x{journal.MARK}y"])
+@pytest.mark.parametrize("text", ["", "ActiveState=active", f"x{journal.MARK}y", f"x{journal.MARK}y{journal.MARK}z"])
 def test_half_an_answer_is_none(text):
     assert journal.parse("n1", text) is None
 
@@ -43,7 +45,7 @@ def test_half_an_answer_is_none(text):
 def test_bytes_and_broken_lines_do_no_harm():
     look = journal.parse("n1", output(entry(1, [255, 97]), "{broken", state="{broken"))
     assert [line.text for line in look.lines] == ["\ufffda"]
-    assert look.state == {}
+    assert look.state == {} and "not what a supervisor writes" in look.odd
 
 
 def test_ranks_of_uneven_nodes():

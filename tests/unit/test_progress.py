@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -20,24 +21,27 @@ JOB = {
 DEFAULT_PATTERN = r"(?i)\b(step|epoch|iteration)s?\b\W{0,3}\d"
 
 
-def output(show="ActiveState=active\nResult=success", state="{}", checkpoint="", journal=""):
-    return f"\n{progress.MARK}\n".join([show, state, checkpoint, journal])
+def base64_of(text):
+    return base64.b64encode(text.encode("utf-8", "surrogateescape")).decode()
+
+
+def entry(message, cursor="s=1;i=2", moment=1_700_000_000_000_000):
+    return json.dumps({"__CURSOR": cursor, "__REALTIME_TIMESTAMP": str(moment), "MESSAGE": message})
+
+
+def output(show="ActiveState=active\nResult=success", state='{"state": "running"}', checkpoint="", *lines):
+    return f"\n{journal.MARK}\n".join([show, base64_of(state), base64_of(checkpoint), "\n".join(map(entry, lines))])
 
 
 def test_parts_are_found():
-    look = progress.parse(
-        output(state=json.dumps({"state": "running"}), checkpoint="/data/a.pt", journal="one\ntwo\n-- cursor: s=1;i=2")
-    )
-    assert look == progress.Look("active", "success", {"state": "running"}, ["one", "two"], "s=1;i=2", "/data/a.pt")
+    look = journal.parse("n1", output(*output.__defaults__[:2], "/data/a.pt\n", "one", "two"))
+    assert (look.active, look.result, look.state, look.odd) == ("active", "success", {"state": "running"}, "")
+    assert ([line.text for line in look.lines], look.cursor, look.checkpoint) == (["one", "two"], "s=1;i=2", "/data/a.pt")
 
 
 def test_carriage_returns_of_a_terminal_do_no_harm():
-    look = progress.parse(output(journal="one\n-- cursor: c").replace("\n", "\r\n"))
-    assert (look.active, look.lines, look.cursor) == ("active", ["one"], "c")
-
-
-def test_a_state_that_is_being_written_is_no_state():
-    assert progress.parse(output(state='{"state": "runn')).state == {}
+    look = journal.parse("n1", output(*output.__defaults__, "one").replace("\n", "\r\n"))
+    assert (look.active, look.state, [line.text for line in look.lines]) == ("active", {"state": "running"}, ["one"])
 
 
 def test_the_command_is_shell_that_runs():
@@ -47,7 +51,7 @@ def test_the_command_is_shell_that_runs():
 
 
 def test_no_pager_gets_between_a_node_with_a_terminal_and_us():
-    words = f"{progress.command(JOB, '')}; {progress.command(JOB, 's=abc')}; {journal.command('torchrun-train.service', '/s', '', '')}"
+    words = f"{progress.command(JOB, '')}; {progress.command(JOB, 's=abc')}; {journal.command('torchrun-train.service', '/s', '')}"
     programs = re.findall(r"\b(?:systemctl|journalctl)\b[^;)]*", words)
     assert len(programs) == 6 and all("--no-pager" in program for program in programs), programs
 
@@ -66,7 +70,7 @@ def test_no_pager_gets_between_a_node_with_a_terminal_and_us():
     ],
 )
 def test_outcomes(active, state, outcome):
-    assert progress.outcome(progress.Look(active, "", {"state": state} if state else {})) == outcome
+    assert progress.outcome(journal.Look(active, "", {"state": state} if state else {})) == outcome
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_outcomes(active, state, outcome):
     ],
 )
 def test_causes(state, sentence):
-    assert progress.cause_sentence(JOB, progress.Look("failed", "exit-code", state)) == sentence
+    assert progress.cause_sentence(JOB, journal.Look("failed", "exit-code", state)) == sentence
 
 
 @pytest.mark.parametrize(
@@ -97,17 +101,21 @@ def test_causes(state, sentence):
     ],
 )
 def test_the_default_pattern_finds_steps(line, step):
-    assert progress.is_step(line, DEFAULT_PATTERN) == step
+    assert progress.last_step([line, ""], DEFAULT_PATTERN) == (line if step else "")
 
 
-def test_without_a_pattern_nothing_is_a_step():
-    assert not progress.is_step("epoch 3", "")
+def test_the_last_step_counts_and_without_a_pattern_nothing_is_one():
+    assert progress.last_step(["epoch 3", "epoch 4", "saved"], DEFAULT_PATTERN) == "epoch 4"
+    assert progress.last_step(["epoch 3"], "") == ""
 
 
 def test_what_keeps_the_other_nodes_is_told():
     cut_off = {"state": "waiting", "text": "waiting for rank 0's supervisor at 198.18.0.11:29501 (it drops)", "node": {"connected": False}}
     blocked = {"state": "running", "text": "running", "node": {"connected": True, "blocked": ["198.18.0.13 drops TCP"]}}
     fine = {"state": "waiting", "text": "waiting for n5", "node": {"connected": True, "blocked": []}}
-    states = {"n2": json.dumps(cut_off), "n3": json.dumps(blocked), "n4": json.dumps(fine), "n5": None, "n6": "cat: no such file", "n7": "[]"}
-    assert progress.obstacles(states) == ["n2: waiting for rank 0's supervisor at 198.18.0.11:29501 (it drops)", "n3: 198.18.0.13 drops TCP"]
-    assert subprocess.run(["sh", "-n", "-c", progress.state_command(JOB)], check=False).returncode == 0
+    texts = {"n2": json.dumps(cut_off), "n3": json.dumps(blocked), "n4": json.dumps(fine), "n6": "", "n7": "[]"}
+    states = {**{host: base64_of(text) for host, text in texts.items()}, "n5": None, "n8": "cat: no such file", "n9": "-"}
+    found = progress.obstacles(states)
+    assert found[:2] == ["n2: waiting for rank 0's supervisor at 198.18.0.11:29501 (it drops)", "n3: 198.18.0.13 drops TCP"]
+    assert [sentence[:2] for sentence in found[2:]] == ["n7", "n8", "n9"]
+    assert all("not what a supervisor writes" in sentence for sentence in found[2:])

@@ -1,0 +1,369 @@
+"""Whatever a job's user writes into state.json and the journal: every view is made, and nothing acts on a terminal."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+import shlex
+import subprocess
+import time
+
+import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    hostile_input,
+    job_causes,
+    job_evidence,
+    job_folders,
+    job_state,
+    journal,
+    node_facts,
+    problems,
+    progress,
+    supervisor_state,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hostile_input import JSON, TEXT, WRONG
+
+ESCAPES = "\x1b]0;OWNED\x07\x1b[2J\x1b[A fake: PLAY RECAP\x9b2J\u202e"
+CAUSE = {
+    "host": "n1",
+    "node_rank": 0,
+    "rank": 0,
+    "local_rank": 0,
+    "reason": "signal",
+    "error": None,
+    "exit_code": None,
+    "signal": "SIGKILL",
+    "own": True,
+    "echo": False,
+    "generation": 3,
+    "time": 1_700_000_000.5,
+    "text": "n1, rank 0 (local rank 0): killed by SIGKILL",
+    "charged": True,
+}
+STATE = {
+    "version": 1,
+    "job": "train",
+    "host": "n1",
+    "rank": 0,
+    "nnodes": 2,
+    "release": "r1",
+    "pid": 17,
+    "written": 1_700_000_001.0,
+    "state": "running",
+    "text": "generation 4 runs on 2 nodes",
+    "since": 1_700_000_001.0,
+    "node": {"phase": "running", "generation": 4, "problems": [{"check": "gpus", "text": "lost"}], "connected": False, "blocked": ["n2 drops"]},
+    "generation": 4,
+    "restarts": 1,
+    "restarts_left": 2,
+    "max_restarts": 3,
+    "checkpoint": {"path": "/c/step-1.pt", "time": 1_700_000_000.0},
+    "checkpoint_hosts": ["n1"],
+    "last_exit": {"generation": 3, "time": 1_700_000_000.0, "code": -9, "ordered": False, "cause": CAUSE},
+    "first_cause": CAUSE,
+    "history": [CAUSE, CAUSE],
+    "result": None,
+    "stopped_by": None,
+    "members": {"0": {"host": "n1", "connected": True, "phase": "running", "generation": 4, "problems": [], "checkpoint": None}},
+}
+JOB = {
+    "name": "train",
+    "unit": "torchrun-train.service",
+    "root": "/var/lib/torchrun/train",
+    "checkpoint_dir": "/c",
+    "checkpoint_glob": "*.pt",
+    "log_dir": "/var/log/torchrun/train",
+    "step_pattern": "step",
+}
+INFO = {"unit": "active", "since": 1.0, "step": "", "step_time": None, "checkpoint": {}, "gpus": [], "evidence": {}, "releases": []}
+
+
+def places(value, path=()):
+    """Every place in a value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from places(item, (*path, key))
+
+
+@st.composite
+def spoilt(draw):
+    """A state of which one part is anything."""
+    state = copy.deepcopy(STATE)
+    path = draw(st.sampled_from(list(places(STATE))))
+    value = draw(JSON | st.just("9" * 5000) | st.just(1e308) | st.just(ESCAPES))
+    if not path:
+        return value
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return state
+
+
+def views(info_of_first):
+    """Every text and every JSON that a person gets of a job."""
+    infos = {"n1": job_state.received(info_of_first), "n2": job_state.received(None)}
+    found = job_causes.explain(infos)
+    yield from job_state.status_lines("train", infos, ["n1", "n2"])
+    yield from job_causes.lines("train", found)
+    yield json.dumps([infos, found], ensure_ascii=False)
+    yield job_state.decide_rollback(infos)[1]
+
+
+def look_views(look):
+    yield progress.ending(JOB, progress.outcome(look), look)
+    yield progress.cause_sentence(JOB, look)
+    yield from progress.summary(JOB, "n1", {"msg": "", "checkpoint": look.checkpoint})
+    yield json.dumps(look.state, ensure_ascii=False)
+    for line in look.lines:
+        yield journal.shown(line, 4)
+
+
+def expect_harmless(texts, limit=200_000):
+    texts = list(texts)
+    assert texts
+    for text in texts:
+        assert not hostile_input.UNPRINTABLE.search(text), text
+        assert len(text) <= limit
+        text.encode()
+
+
+def base64_of(text):
+    return base64.b64encode(text.encode("utf-8", "replace")).decode()
+
+
+def output(state="", lines="", show="ActiveState=failed\nResult=exit-code", checkpoint=""):
+    return f"\n{journal.MARK}\n".join([show, base64_of(state), base64_of(checkpoint), lines])
+
+
+def test_what_a_supervisor_writes_is_no_news():
+    state, odd = supervisor_state.parse(json.dumps(STATE))
+    assert odd == ""
+    assert state == {**STATE, "last_exit": {**STATE["last_exit"], "cause": state["first_cause"]}, "first_cause": state["first_cause"], "history": state["history"]}
+    assert state["first_cause"].items() <= CAUSE.items()
+    assert supervisor_state.checked(state) == (state, "")
+
+
+@given(JSON | spoilt())
+@settings(max_examples=300)
+def test_any_json_in_place_of_the_state_leaves_every_view_harmless(value):
+    text = json.dumps(value)
+    state, odd = supervisor_state.parse(text)
+    assert state or odd
+    expect_harmless(views({**INFO, "state": state, "state_odd": odd}))
+    # A node that does not look at it.
+    expect_harmless(views({**INFO, "state": value}))
+    for show in ("ActiveState=failed", "ActiveState=inactive", "ActiveState=active"):
+        expect_harmless(look_views(journal.parse("n1", output(text, show=show))))
+    expect_harmless([*progress.obstacles({"n1": base64_of(text)}), "at least one"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "[" * 100_000, '{"generation": "abc"}', '{"state": "running", "generation": ' + "9" * 5000 + "}", "", "\0", '{"first_cause": "abc", "state": "x"}'],
+)
+def test_a_state_that_no_supervisor_writes_is_unknown_and_said(text):
+    state, odd = supervisor_state.parse(text)
+    assert state == {}
+    assert odd.endswith("which is not what a supervisor writes; stop and start the job, and it is written anew")
+    info = job_state.received({**INFO, "state": state, "state_odd": odd})
+    lines = job_state.status_lines("train", {"n1": info}, ["n1"])
+    assert lines[2].split()[2] == "unknown"
+    assert lines[3] == f"n1: {odd}"
+    found = job_causes.explain({"n1": info})
+    assert found["sentence"] == f"whether anything has ended the job early is not known: n1: {odd}"
+    look = journal.parse("n1", output(text or "-", show="ActiveState=inactive"))
+    assert progress.outcome(look) == "unknown"
+    assert "not what a supervisor writes" in progress.ending(JOB, "unknown", look)
+
+
+def test_where_another_node_knows_the_cause_it_is_told():
+    good = job_state.received({**INFO, "state": STATE})
+    odd = job_state.received({**INFO, "state": [1]})
+    found = job_causes.explain({"n1": odd, "n2": good})
+    assert found["sentence"].startswith("first on n1, rank 0")
+    assert any("n1: state.json: the whole is a list" in line for line in job_causes.lines("train", found))
+
+
+@given(TEXT, TEXT)
+def test_any_output_of_a_node_is_parsed(before, after):
+    look = journal.parse("n1", f"{before}{journal.MARK}{after}")
+    assert look is None or look.lines == []
+    look = journal.parse("n1", output(before, after, checkpoint=after))
+    expect_harmless(look_views(look))
+
+
+MESSAGE = JSON | TEXT | st.lists(st.integers(0, 255)) | st.lists(st.lists(st.integers(-1, 300))) | st.just(journal.MARK) | st.just("-- cursor: s=1")
+
+
+@given(st.lists(st.tuples(MESSAGE, st.text("0123456789", max_size=20) | JSON)))
+def test_any_entry_of_a_journal_is_shown_harmlessly_and_moves_nothing_else(entries):
+    lines = "\n".join(
+        json.dumps({"__CURSOR": f"c{index}", "__REALTIME_TIMESTAMP": moment, "MESSAGE": message}, ensure_ascii=index % 2 == 0)
+        for index, (message, moment) in enumerate(entries)
+    )
+    look = journal.parse("n1", output(json.dumps(STATE), lines))
+    assert look.state["generation"] == 4 and look.active == "failed"
+    assert look.cursor == "" or look.cursor[0] == "c"
+    assert len(look.lines) <= len(entries)
+    expect_harmless(look_views(look), 10_000)
+
+
+def test_what_a_job_prints_is_a_line_and_nothing_else():
+    for message in (journal.MARK, f"\n{journal.MARK}\nActiveState=inactive", "-- cursor: forged", '{"__CURSOR": "forged"}', ESCAPES, "\r\u2028x"):
+        entry = json.dumps({"__CURSOR": "true", "__REALTIME_TIMESTAMP": "1700000000000000", "MESSAGE": message}, ensure_ascii=False)
+        look = journal.parse("n1", output(json.dumps(STATE), entry))
+        assert (look.cursor, len(look.lines), look.active) == ("true", 1, "failed")
+    assert look.lines[0].text == "\\x0d\\u2028x"
+    cut = journal.parse("n1", output("", f'{entry}\n{{"__CURSOR": "next", "MESS'))
+    assert (cut.cursor, len(cut.lines), cut.more) == ("true", 1, True)
+
+
+# -- commands, as a node's shell runs them
+
+
+def run(command):
+    began = time.monotonic()
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert time.monotonic() - began < 30
+    return answer.stdout
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "it's a job" / "state").mkdir(parents=True)
+    return tmp_path / "it's a job"
+
+
+@pytest.mark.parametrize("make", WRONG, ids=lambda make: make.__name__)
+def test_a_shell_does_not_wait_for_a_state(make, root, monkeypatch):
+    monkeypatch.chdir(root)
+    make(root / "state/state.json")
+    state, odd = journal.parse_state(run(journal.state_command(str(root))))
+    assert state == {} and (odd or make.__name__ == "hard_link")
+    assert supervisor_state.read(str(root))[1]
+    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": [], "state_odd": supervisor_state.read(str(root))[1]}
+
+
+def test_a_shell_reads_a_state_and_tells_what_is_not_there(root):
+    command = journal.state_command(str(root))
+    assert journal.parse_state(run(command)) == ({}, "") == supervisor_state.read(str(root))
+    (root / "state/state.json").write_text(json.dumps(STATE))
+    assert journal.parse_state(run(command)) == supervisor_state.read(str(root))
+    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": ["n1"], "state_odd": ""}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "two words.pt", "\x1b[2J.pt", "new\nline.pt", "--onprem-torch--.pt", "-rf.pt", "$(touch owned).pt"])
+def test_names_of_checkpoints_are_only_names(name, root, monkeypatch):
+    monkeypatch.chdir(root)
+    (root / name).write_text("x")
+    text = journal.command("no-such.service", str(root), "", checkpoints=journal.pattern(str(root), "*.pt"))
+    look = journal.parse("n1", run(text))
+    expect_harmless([look.checkpoint or "none"])
+    assert look.checkpoint == hostile_input.printable(f"{root}/{name}".split("\n", maxsplit=1)[0])
+    assert node_facts.newest(str(root), "*.pt")["name"] == hostile_input.printable(name)
+    assert not (root / "owned").exists()
+
+
+@pytest.mark.parametrize("glob", ["*.pt", "step_[0-9]/x.pt", "[!a]*", "?.pt"])
+def test_the_shell_finds_what_the_node_finds(glob, root):
+    (root / "step_1").mkdir()
+    for number, name in enumerate(["a.pt", "bb.pt", "step_1/x.pt", "step_1/y", ".hidden.pt"]):
+        (root / name).write_text("")
+        os.utime(root / name, (1000 + number, 1000 + number))
+    os.utime(root / "step_1", (2000, 2000))
+    expected = node_facts.newest(str(root), glob)["path"]
+    assert run(journal.newest_command(journal.pattern(str(root), glob))).strip() in (expected, "")
+
+
+def test_a_pattern_is_no_command(root):
+    run(f"cd {shlex.quote(str(root))}; {journal.newest_command(journal.pattern(str(root), '*; touch owned; $(touch owned) `touch owned` & touch owned #'))}")
+    assert not list(root.glob("**/owned"))
+
+
+# -- folders of the job
+
+
+def test_folders_that_link_to_each_other_end(root):
+    for name in "abc":
+        (root / name).mkdir()
+        for other in "abc":
+            (root / name / f"to-{other}").symlink_to(root / other)
+    (root / "a" / "x.pt").write_text("")
+    began = time.monotonic()
+    assert node_facts.newest(str(root), "**/*.pt")["path"] == str(root / "a/x.pt")
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("pattern", ["**", "**/*", "*", "a/**/x", "**/**/x", "./a/x", "a//x", "[ab]/x", ".*", "**/.h", "a/*/*"])
+def test_find_agrees_with_glob(pattern, root):
+    import glob
+
+    for name in ("a/x", "a/b/x", "a/b/c/x", "b/x", ".h", "a/.h", ".d/x"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    expected = {os.path.normpath(path) for path in glob.glob(os.path.join(glob.escape(str(root)), pattern), recursive=True)}
+    found = [str(root / entry.path) for entry in hostile_input.find(str(root), pattern)]
+    assert set(found) == expected - {str(root)}
+
+
+def test_find_ends(root):
+    for number in range(300):
+        (root / f"{number}").write_text("")
+    assert len(hostile_input.find(str(root), "*", most=100)) == 100
+    assert hostile_input.find(str(root), "*", seconds=-1) == []
+    assert hostile_input.find(str(root / "none"), "*") == []
+
+
+def test_a_time_that_no_calendar_has_is_none(root):
+    (root / "a.pt").write_text("")
+    os.utime(root / "a.pt", (-1000, -1000))
+    assert node_facts.newest(str(root), "*.pt")["time"] == 0
+
+
+def test_reports_of_errors_are_the_jobs_own_and_few(root):
+    run_folder = root / "none_x" / "attempt_0"
+    for rank in ("0", "1", "2", "3", "9" * 30):
+        (run_folder / rank).mkdir(parents=True)
+    report = json.dumps({"message": {"message": ESCAPES + "\nbad" * 10_000, "extraInfo": 7}})
+    (run_folder / "0/error.json").write_text(report)
+    (run_folder / "1/error.json").symlink_to("/dev/zero")
+    os.mkfifo(run_folder / "2/error.json")
+    (run_folder / "3/error.json").write_text('{"message":' * 100_000)
+    (run_folder / ("9" * 30) / "error.json").write_text(report)
+    (root / "none_y").symlink_to("/")
+    found = job_evidence.error_files(str(root))
+    assert sorted(str(entry["local_rank"]) for entry in found) == ["0", "None"]
+    expect_harmless(json.dumps(entry, ensure_ascii=False) for entry in found)
+
+
+@given(JSON)
+@settings(max_examples=50)
+def test_any_report_of_an_error_is_read_or_left_out(tmp_path_factory, value):
+    folder = tmp_path_factory.mktemp("logs")
+    (folder / "run").mkdir()
+    (folder / "run/error.json").write_text(json.dumps({"message": value}))
+    for entry in job_evidence.error_files(str(folder)):
+        expect_harmless([entry["text"]], 500)
+
+
+@pytest.mark.parametrize("text", ["[1]", "7", '{"release": ["r"]}', "[" * 100_000, '{"release": "other"}'])
+def test_a_marker_that_is_odd_marks_nothing(text, root):
+    (root / "state/done").write_text(text)
+    assert not job_folders.finished(str(root), "r")
+    (root / "state/done").write_text('{"release": "r"}')
+    assert job_folders.finished(str(root), "r")
+
+
+def test_a_report_of_problems_is_harmless():
+    expect_harmless(problems.report([problems.Problem("n1", "", ESCAPES, ESCAPES)]).split("\n"))
+
+
+def test_a_process_whose_name_has_commas_still_holds_its_gpu():
+    (found,) = job_evidence.gpu_processes("GPU-1, 77, /tmp/a, 1, 5 MiB, b, 1024 MiB\n", lambda _pid: "")
+    assert (found["pid"], found["used_mib"]) == (77, 1024)
