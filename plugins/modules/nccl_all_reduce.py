@@ -279,7 +279,7 @@ import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, node_facts, node_lock, run_lease, safe_files, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, node_facts, node_lock, run_lease, safe_files, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
@@ -404,8 +404,8 @@ class Verification:
         """Return what the programs have written as the job's user; empty where it is no JSON object in a regular file."""
         try:
             with safe_files.pinned(self.folder, os.path.basename(verify_config.RESULTS)) as folder:
-                found = json.loads(safe_files.read_text(os.path.join(folder, "result.json"), RESULT_LIMIT))
-        except (OSError, ValueError, RecursionError, safe_files.Unsafe):
+                found = hostile_input.parse_json(safe_files.read_text(os.path.join(folder, "result.json"), RESULT_LIMIT))
+        except (OSError, ValueError, safe_files.Unsafe):
             return {}
         return found if isinstance(found, dict) else {}
 

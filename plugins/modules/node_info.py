@@ -247,11 +247,16 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
 )
 
 
-# Files of the job's or a user's, which are read with the rights of the job's user, or of root where it is yet to be made.
-def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any) -> t.Any:
-    """Return what was found in a folder that may hang or mislead, a default where no answer comes."""
+UNKNOWN_STATE = {"checkpoint_hosts": [], "state_odd": "the job's folder of states cannot be read"}
+
+
+def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any, seconds: float = safe_files.SECONDS) -> t.Any:
+    """Return what was found in a folder that may hang or mislead, a default where no answer comes.
+
+    Files of the job's or of a user's are read with the rights of the job's user, or of root where it is yet to be made.
+    """
     try:
-        return safe_files.as_user(who, work)
+        return safe_files.as_user(who, work, seconds)
     except (OSError, RuntimeError):
         return default
 
@@ -338,8 +343,8 @@ def main() -> None:
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
         "secret_ids": node_facts.secret_ids(),
-        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}),
-        **node_facts.job_state(params["job_root"]),
+        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0),
+        **looked(reader, lambda: node_facts.job_state(params["job_root"]), UNKNOWN_STATE),
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),
