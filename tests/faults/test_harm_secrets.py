@@ -100,7 +100,7 @@ def test_secrets_are_nowhere_to_be_seen(job, given, tmp_path, monkeypatch):
         assert {f"PLAIN={PLAIN}", f"ODD={ODD}", f"VAULTED={VAULTED}", "NUMBER=1"} <= set(environment)
         play("look", "plan status logs why stop", "-e", "plan_format=json", "-e", "status_format=json", "-e", "logs_follow=false")
         index = f"https://{INDEX}@index.invalid/simple"
-        odd = {"torchrun_args": ["{{ hidden }}"], "torchrun_user": "{{ hidden }}!", "torchrun_checkpoint_dir": "{{ hidden }}" * 3,
+        odd = {"torchrun_args": ["{{ hidden }}"], "torchrun_user": "{{ hidden }}!",
                "pytorch_index_url": index, "cluster_mirror": f"ftp://{INDEX}@x", "nccl_verify_environment": [PLAIN],
                "torchrun_environment": {"DIFFERS": PLAIN + "{{ inventory_hostname }}", "WRONG": [ODD]}}
         (tmp_path / "odd.yml").write_text(json.dumps(odd))
