@@ -19,6 +19,8 @@ import tempfile
 import typing as t
 import zipfile
 
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
+
 RECORD = ".onprem-torch.json"
 
 
@@ -116,6 +118,20 @@ def missing_wheels(wheels: t.Mapping[str, int], folder: str) -> list[str]:
         for name, size in wheels.items()
         if not os.path.isfile(os.path.join(folder, name)) or os.path.getsize(os.path.join(folder, name)) != size
     ]
+
+
+def refused(text: str, credentials: t.Mapping[str, str]) -> tuple[str, str]:
+    """Return the index that has refused its user and the status (401, 403), from what uv says in one line; empty for none.
+
+    Some indexes, torch's own among them, answer 403 for what they do not have, so that it counts only where there is a user.
+    """
+    for url, words in re.findall(r"\((https?://[^)\s]+)\)([^()]*\(401|[^.()]*403 Forbidden)", text):
+        plain = secret_texts.split_url(url)[0]
+        if words.endswith("401"):
+            return plain, "401"
+        if secret_texts.with_credentials(plain, credentials) != plain:
+            return plain, "403"
+    return "", ""
 
 
 def unpack_uv(folder: str, target: str) -> str:

@@ -154,7 +154,6 @@ missing:
 
 import json
 import os
-import re
 import shutil
 import typing as t
 
@@ -379,11 +378,11 @@ def build(module: AnsibleModule, folder: str, python_version: str, lock: int) ->
             for userinfo in params["credentials"].values():
                 reason = secret_texts.masked(reason, secret_texts.of_userinfo(userinfo), secret_texts.HIDDEN)
             reason = secret_texts.redacted(reason)[-600:]
-            refused = re.search(r"\((https?://[^)\s]+)\)[^.]*\b(?:lack of valid authentication|403 Forbidden)", reason)
-            if refused and (params["credentials"] or "403 Forbidden" not in refused.group()):
+            index, status = environment.refused(reason, params["credentials"])
+            if index:
                 module.fail_json(
-                    msg=f"the index {refused.group(1)} refuses the user or password ({'403' if '403' in refused.group() else '401'}); "
-                    "correct them in pytorch_index_url or pytorch_extra_index_urls, as in https://USER:PASSWORD@HOST/simple"
+                    msg=f"the index {index} refuses the user or password ({status}); correct them in pytorch_index_url or "
+                    "pytorch_extra_index_urls, as in https://USER:PASSWORD@HOST/simple"
                 )
             module.fail_json(msg=f"uv could not build {folder}: {reason}; nothing uses the half-built environment")
     versions = versions_of(module, python)

@@ -6,10 +6,12 @@ import base64
 import functools
 import http.server
 import os
+import subprocess
 import threading
 from urllib.parse import quote
 
 import pytest
+from ansible_collections.onprem.torch.plugins.module_utils import environment
 from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, wheelhouse
 from test_wheelhouse import PLATFORM, index  # noqa: F401  pylint: disable=unused-import
 
@@ -77,6 +79,21 @@ def test_a_refused_user_is_no_absent_package(served, tmp_path):
     assert failure(tmp_path, wanted(place)).startswith(f"the index {place} wants a user and password (401); put them into pytorch_index_url")
     closed = failure(tmp_path, wanted(f"http://{USERINFO}@{served}/closed"))
     assert closed.startswith(f"the index http://{served}/closed refuses access to the user of pytorch_index_url (403)")
+
+
+@pytest.mark.parametrize(("place", "found"), [("simple", "401"), ("closed", "403")])
+def test_uv_is_understood_and_shows_no_password(served, tmp_path, place, found):
+    userinfo = f"{USER}:wr0ng-password" if place == "simple" else USERINFO
+    index = f"http://{served}/{place}"
+    subprocess.run(["uv", "venv", "--quiet", str(tmp_path / "venv")], check=True)
+    told = {"UV_DEFAULT_INDEX": f"http://{userinfo}@{served}/{place}", "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_NO_CONFIG": "1"}
+    words = ["uv", "pip", "install", "--python", str(tmp_path / "venv/bin/python"), "onpremexample"]
+    text = subprocess.run(words, env={**os.environ, **told}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    assert environment.refused(" ".join(text.split()), {index: userinfo}) == (index, found), text
+    assert environment.refused(" ".join(text.split()), {}) == ((index, found) if found == "401" else ("", ""))
+    cached = b"".join(path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    for form in {*FORMS, "wr0ng-password"}:
+        assert form not in text and form.encode() not in cached
 
 
 def test_an_absent_package_is_no_refused_user(served, tmp_path):
