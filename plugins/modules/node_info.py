@@ -34,6 +34,10 @@ options:
     description: Folder whose C(environments) are read in the same way.
     type: str
     default: ""
+  job:
+    description: Name of the job, for its place at its last start.
+    type: str
+    default: ""
   job_root:
     description: Folder of the job, for what its supervisor has written.
     type: str
@@ -169,6 +173,9 @@ node:
       description: Hosts on which the job's supervisors have seen checkpoints.
       type: list
       elements: str
+    past:
+      description: The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes.
+      type: dict
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -193,7 +200,7 @@ import socket
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, node_facts
+from ansible_collections.onprem.torch.plugins.module_utils import apt_state, hardware, job_past, node_facts
 
 
 def main() -> None:
@@ -203,6 +210,7 @@ def main() -> None:
             "paths": {"type": "list", "elements": "str", "default": []},
             "environments": {"type": "list", "elements": "str", "default": []},
             "environments_root": {"type": "str", "default": ""},
+            "job": {"type": "str", "default": ""},
             "job_root": {"type": "str", "default": ""},
             "checkpoint_dir": {"type": "str", "default": ""},
             "checkpoint_glob": {"type": "str", "default": "*"},
@@ -247,6 +255,9 @@ def main() -> None:
         "secret_ids": node_facts.secret_ids(),
         "checkpoint": node_facts.newest(module.params["checkpoint_dir"], module.params["checkpoint_glob"]),
         "checkpoint_hosts": node_facts.checkpoint_hosts(module.params["job_root"]),
+        "past": job_past.look(module.params["job"], module.params["checkpoint_dir"], module.params["checkpoint_glob"])
+        if module.params["job"]
+        else {},
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

@@ -86,6 +86,15 @@ options:
     description: Number of releases that are kept for a roll-back.
     type: int
     default: 3
+  hosts:
+    description: All hosts that take part, in the order of their ranks, which root remembers on the node for the next start.
+    type: list
+    elements: str
+    default: []
+  accept_lost:
+    description: Whether a person accepts that the job goes on without checkpoints that it had.
+    type: bool
+    default: false
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -136,7 +145,7 @@ import pwd
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, launch, node_lock, source_tree, systemd
+from ansible_collections.onprem.torch.plugins.module_utils import environment, job_folders, job_past, launch, node_lock, source_tree, systemd
 
 UNITS = "/etc/systemd/system"
 # Time that the module of a killed run may take to end, in seconds. The longest is a stop, in which the job writes its checkpoint.
@@ -302,7 +311,10 @@ class Node:
         # Also where the file is right already: a run that was killed may have written it and no more.
         self.systemctl("daemon-reload")
         self.systemctl("enable", "--quiet", self.unit_name)
+        # Before the start and after it: a unit that cannot start leaves no traces of a run that would be missed later.
+        job_past.remember_start(params["job"], unit, params["hosts"], params["accept_lost"], ran=False)
         self.systemctl("start", self.unit_name)
+        job_past.remember_start(params["job"], unit, params["hosts"], params["accept_lost"], ran=True)
         self.changes.append(f"start of {self.unit_name}")
 
     def stopped(self) -> None:
@@ -331,6 +343,7 @@ class Node:
         if self.module.check_mode:
             return
         job_folders.set_aside(folder, old)
+        job_past.forget(self.params["job"])
         for path in (done, os.path.join(root, "state", "state.json")):
             if os.path.exists(path):
                 os.unlink(path)
@@ -339,7 +352,7 @@ class Node:
         """Remove what the job does not need to be looked at or resumed."""
         self.stopped()
         params = self.params
-        leftovers = [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret"))]
+        leftovers = [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret", "past.json"))]
         leftovers += [os.path.join(params["root"], name) for name in ("current", "releases", "work", "cache", "state")]
         for path in leftovers:
             if not os.path.lexists(path):
@@ -407,6 +420,8 @@ def main() -> None:
             "environment": {"type": "dict", "default": {}, "no_log": True},
             "secret": {"type": "str", "default": "", "no_log": True},
             "keep_releases": {"type": "int", "default": 3},
+            "hosts": {"type": "list", "elements": "str", "default": []},
+            "accept_lost": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

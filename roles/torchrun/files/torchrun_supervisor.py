@@ -34,6 +34,7 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     restarts_left, max_restarts     the budget: failures without progress that are still forgiven
     checkpoint      newest file that matched the glob on this node: {path, time} or null
     checkpoint_hosts    hosts on which a checkpoint has been seen, whether they are still there or not
+    checkpoints     the newest one of the first ranks, as last seen: {rank: {host, path, time}}
     last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
     first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
                     signal, error, out of memory, hang, lost, shutdown), error, exit_code, signal, generation, time,
@@ -175,6 +176,21 @@ class Seat:
         return self.connected and self.report.get("phase") == "idle"
 
 
+# Ranks whose newest checkpoint every node remembers, and the characters of its path: the view is a message of limited size.
+CHECKPOINTS_TOLD, PATH_TOLD = 16, 1000
+
+
+def told_checkpoints(found: Any) -> JSON:
+    """The newest checkpoints by rank, of those entries that have the right shape."""
+    told = {}
+    for rank in map(str, range(CHECKPOINTS_TOLD)):
+        entry = found.get(rank) if isinstance(found, dict) else None
+        if isinstance(entry, dict) and all(isinstance(entry.get(key), types) for key, types in
+                                           (("host", str), ("path", str), ("time", (int, float)))):
+            told[rank] = {"host": entry["host"][:255], "path": entry["path"][:PATH_TOLD], "time": entry["time"]}
+    return told
+
+
 REPORT = {"host": (str,), "nnodes": (int,), "release": (str,), "phase": (str,), "generation": (int,),
           "exit": (dict, type(None)), "problems": (list, type(None)), "final": (str, type(None)), "unkillable": (list,),
           "failing": (bool,), "leaving": (bool,), "stop": (bool,), "checkpoints": (int,), "lines": (int,),
@@ -225,6 +241,7 @@ class Coordinator:
         self.history: list[JSON] = []
         self.stopped_by: Optional[str] = None
         self.checkpoint_hosts: list[str] = []   # never shrinks: who looks for a lost node's checkpoints asks this
+        self.checkpoints_seen: JSON = {}
         if unacknowledged is not None:          # done before; some nodes have not been told
             self.phase = "done"
             for seat in self.seats:
@@ -251,6 +268,8 @@ class Coordinator:
         seat.heard, seat.report, seat.host = now, report, report["host"][:255]
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
+        if report["checkpoint"] and rank < CHECKPOINTS_TOLD:
+            self.checkpoints_seen.update(told_checkpoints({str(rank): dict(report["checkpoint"], host=seat.host)}))
         if report["checkpoint"] and seat.host not in self.checkpoint_hosts:
             self.checkpoint_hosts = sorted([*self.checkpoint_hosts, str(seat.host)])
         last = report.get("exit") or {}
@@ -362,7 +381,7 @@ class Coordinator:
         """What every node is told about the job."""
         return {"state": self.phase, "text": self.text(), "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
-                "checkpoint_hosts": self.checkpoint_hosts}
+                "checkpoint_hosts": self.checkpoint_hosts, "checkpoints": dict(self.checkpoints_seen)}
 
     # -- inside
 
@@ -1443,7 +1462,8 @@ class Supervisor:
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
                            "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
-                           "checkpoint_hosts": old.get("checkpoint_hosts") or []}
+                           "checkpoint_hosts": old.get("checkpoint_hosts") or [],
+                           "checkpoints": told_checkpoints(old.get("checkpoints"))}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
             done = read_json(self.done_file)
@@ -1453,6 +1473,7 @@ class Supervisor:
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = kept.get("history") or []
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
+            self.coordinator.checkpoints_seen = dict(self.view["checkpoints"])
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
         self.listener: Optional[socket.socket] = None
