@@ -378,7 +378,7 @@ class Check:
 
     def has_all(self, seat: Seat) -> bool:
         """Return whether a host with a rank that was not there before has what all others have."""
-        if seat.newest is None or self.best is None:
+        if seat.newest is None or self.best is None or self.alike is False:
             return False
         return not_older(seat.newest, self.best) or near(seat, seat.newest, self.best)
 

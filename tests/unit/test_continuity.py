@@ -73,8 +73,15 @@ class Cluster:
             return max(steps(group[0]), default=0)
         if self.kind == "full":
             return min(max(steps(name), default=0) for name in group)
-        common = set.intersection(*(steps(name, rank) for rank, name in enumerate(group)))
-        return max(common, default=0)
+        # A shard of each rank that there was: on the host that has the rank now, on any where the rank is no more.
+        complete = {0}
+        for name in group:
+            for entry in self.files(name):
+                step, ranks = int(entry.name.split("-")[1]), int(entry.digest.split("/")[1])
+                holders = [[group[rank]] if rank < len(group) else group for rank in range(ranks)]
+                if all(any(step in steps(holder, rank) for holder in hosts) for rank, hosts in enumerate(holders)):
+                    complete.add(step)
+        return max(complete)
 
     def start(self, group: list[str], accepted: bool = False) -> None:
         self.now += 1000
@@ -106,8 +113,9 @@ class Cluster:
             for rank, name in enumerate(self.group):
                 if rank and self.kind in ("rank 0", "shared"):
                     continue
+                # Its digest tells of how many ranks it is one.
                 part = f"-{rank}" if self.kind == "shards" else ""
-                made = Checkpoint(f"step-{self.step}{part}.pt", self.now + self.machines[name].skew, f"{self.step}{part}")
+                made = Checkpoint(f"step-{self.step}{part}.pt", self.now + self.machines[name].skew, f"{self.step}{part}/{len(self.group)}")
                 files = self.files(name)
                 files[:] = [*(entry for entry in files if entry.name != made.name), made]
                 del files[:-KEPT]
