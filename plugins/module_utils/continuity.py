@@ -395,7 +395,7 @@ class Check:
             else:
                 mine = f" and had rank {self.rank_of(heir)}" if self.rank_of(heir) is not None else ""
                 was = f"it would take rank {had.rank} from {had.host}{mine}, but the {named} of rank {had.rank} in {folder} lies on {had.host}"
-            return Problem(heir.name, RANK, f"{was}, and {self.holds(heir)}", self.cure(heir, had))
+            return Problem(heir.name, RANK, f"{was}, and it {self.holds(heir)}", self.cure(heir, had))
         if heir.folder and heir.before:
             place = "torchrun_checkpoint_glob" if heir.folder == self.folder else FOLDER
             text = f"rank {had.rank} has its {named} in {heir.folder} ({heir.pattern}), but with the present {place} it {self.holds(heir)}"

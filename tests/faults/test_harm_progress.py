@@ -112,6 +112,6 @@ def test_a_running_job_is_not_stopped_by_a_refused_run(training, other):
     job = training
     generation = job.state()["generation"]
     text = other("train.yml", FIRST, "-e", "torchrun_checkpoint_dir=/var/lib/torchrun/elsewhere")
-    assert f"has its newest checkpoint step-" in text and "with the present torchrun_checkpoint_dir it has none" in text, text[-3000:]
+    assert "has its newest checkpoint step-" in text and "with the present torchrun_checkpoint_dir it has none" in text, text[-3000:]
     assert "changed=1" not in text
     assert (job.state()["generation"], job.state()["state"]) == (generation, "running")

@@ -222,7 +222,7 @@ def moved(kind, group, other, *before):
 def test_two_hosts_that_change_places_are_told_with_ranks_and_ways_out():
     _cluster, (sentence,) = moved("rank 0", ["n0", "n1"], ["n1", "n0"])
     assert sentence == (
-        "n1: it would take rank 0 from n0 and had rank 1, but the newest checkpoint step-30.pt of rank 0 in /ckpt lies on n0, and has none; "
+        "n1: it would take rank 0 from n0 and had rank 1, but the newest checkpoint step-30.pt of rank 0 in /ckpt lies on n0, and it has none; "
         "copy n0:/ckpt/step-30.pt to n1:/ckpt, or put the hosts back into this order, or write their ranks down (torchrun_node_rank): "
         "n0 0, n1 1, or put them into a shared torchrun_checkpoint_dir, or train anew with playbooks/restart.yml, or accept the loss "
         "for this run with -e torchrun_accept_lost_progress=true (it may begin from nothing)."
