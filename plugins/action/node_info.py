@@ -77,6 +77,7 @@ class ActionModule(ActionBase):
         if variables.get("cuda_toolkit"):
             folders += [nvidia.TOOLKIT_FOLDER, nvidia.ARCHIVES_FOLDER]
         return {
+            "job": str(variables.get("torchrun_job") or ""),
             "job_root": job,
             "checkpoint_dir": str(variables.get("torchrun_checkpoint_dir") or f"{job}/checkpoints"),
             "checkpoint_glob": str(variables.get("torchrun_checkpoint_glob") or "*"),

@@ -9,10 +9,10 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import node_checks, pytorch_plan, source_tree, spares
+from ansible_collections.onprem.torch.plugins.module_utils import continuity, node_checks, pytorch_plan, source_tree
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables, runs
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables, runs, terminal
 
 # What goes with every release, beside its source.
 PROGRAMS = os.path.join(catalog.ROLES, "torchrun", "files")
@@ -68,7 +68,12 @@ class ActionModule(ActionBase):
         plan, found = self._plan(group, hosts, reader)
         problems += found
         if arguments["starts"]:
-            problems += spares.lost_checkpoints(hosts, plan["job"]["checkpoint_dir"])
+            lost = lost_progress(plan, hosts)
+            if hosts[0].variables.get(continuity.ACCEPT):
+                for problem in lost:
+                    terminal.warn(f"accepted with {continuity.ACCEPT}: {problem.sentence()}")
+            else:
+                problems += lost
         problems = masked(problems, reader.all_secrets(names))
         if problems and arguments["fail"]:
             held = runs.holding(task_vars.get("ansible_play_hosts_all") or [], task_vars["hostvars"])
@@ -150,6 +155,15 @@ class ActionModule(ActionBase):
             cure = f"name a script that is there, such as {scripts[0]}" if scripts else "add the script to the source"
             problems.append(Problem("", "torchrun_script", text, cure))
         return planning.Release(source_tree.tree_hash(members), script, path, programs, tuple(problems))
+
+
+def lost_progress(plan: t.Mapping[str, t.Any], hosts: t.Sequence[planning.Host]) -> list[Problem]:
+    """Return the problems of a start that would not go on from the newest checkpoint; none while a node does not answer."""
+    if not all(host.node for host in hosts):
+        return []
+    job = plan["job"]
+    seats = [continuity.seat(host, plan["nodes"][host.name]["rank"], job["unit"]) for host in hosts]
+    return continuity.lost(seats, job["checkpoint_dir"], job["release"])
 
 
 def resolve(source: str, folder: str) -> str:

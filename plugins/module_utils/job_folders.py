@@ -26,7 +26,7 @@ import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, safe_files, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, launch, safe_files, source_tree
 
 RECORD = "release.json"
 HISTORY = "history.json"
@@ -217,13 +217,21 @@ def kept_run(root: str, release: str) -> tuple[str, str] | None:
 
 
 def history(root: str) -> list[dict[str, t.Any]]:
-    """Return the starts, oldest first: C(release), C(time), C(back) (whether by a roll-back), C(kept) (can be gone back to)."""
+    """Return the starts, oldest first: C(release), C(time), C(back) (whether by a roll-back), and kept_place."""
     try:
         with opened_releases(root) as releases:
             starts = json.loads(safe_files.read_text(os.path.join(releases, HISTORY), only_roots=True))
     except (OSError, ValueError):
         return []
-    return [{**start, "kept": kept_run(root, start["release"]) is not None} for start in starts]
+    return [{**start, **kept_place(root, start["release"])} for start in starts]
+
+
+def kept_place(root: str, release: str) -> dict[str, t.Any]:
+    """Return whether a release can be gone back to (C(kept)), and where its checkpoints lay (C(checkpoints))."""
+    kept = kept_run(root, release)
+    options = launch.supervisor_options(kept[0]) if kept else {}
+    checkpoints = [options["checkpoint-dir"], options.get("checkpoint-glob", "")] if options.get("checkpoint-dir") else []
+    return {"kept": kept is not None, "checkpoints": checkpoints}
 
 
 def remember_start(root: str, release: str, back: bool) -> None:

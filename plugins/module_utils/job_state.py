@@ -68,6 +68,10 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
         known = sorted({start["release"] for host in lost for start in infos[host].get("releases") or [] if start["kept"]})
         text = f"the release {release} is not kept on {', '.join(lost)}; kept are {', '.join(known) or 'none'} (torchrun_keep_releases)"
         return "refuse", text, release
+    elsewhere = [text for text in (other_folder(host, info, release) for host, info in infos.items()) if text]
+    if elsewhere:
+        text = f"the release {release} would go on from the checkpoints of another folder: {', '.join(elsewhere)}"
+        return "refuse", f"{text}; deploy its source with playbooks/train.yml instead, which keeps the folder", release
     if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
         return "follow", f"the job runs the release {release} already", release
     return "rollback", f"the job goes back to the release {release}: it writes a checkpoint, stops, and resumes with it", release
@@ -84,6 +88,13 @@ def received(info: t.Any) -> dict[str, t.Any]:
     found = {key: hostile_input.tidy(value) for key, value in info.items() if key != "state"}
     state, odd = supervisor_state.checked(info.get("state"))
     return {**found, "state": state, "state_odd": str(found.get("state_odd") or "") or odd}
+
+
+def other_folder(host: str, info: t.Mapping[str, t.Any], release: str) -> str:
+    """Return how the folder of a release's checkpoints differs from that of the release that runs; empty where it does not."""
+    folders = {start["release"]: start.get("checkpoints") or [] for start in info.get("releases") or []}
+    then, now = folders.get(release) or [], folders.get(str(info.get("release"))) or []
+    return f"{'/'.join(then)} where {'/'.join(now)} is now on {host}" if then and now and then != now else ""
 
 
 def table(rows: t.Sequence[t.Sequence[t.Any]], header: t.Sequence[str]) -> list[str]:

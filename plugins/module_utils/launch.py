@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import typing as t
 
 # Exit codes of the supervisor that systemd must not restart (docs/supervisor.md).
@@ -106,6 +107,17 @@ def place(unit: str) -> dict[str, str]:
     """Return a unit's place in the cluster: the options of torchrun that say which node it is, of how many, and whose."""
     found = re.findall(r"--(nnodes|node-rank|master-addr|master-port)=(\S+)", unit.partition(" -- ")[2])
     return dict(reversed(found))  # the script's own arguments come after torchrun's
+
+
+def supervisor_options(unit: str) -> dict[str, str]:
+    """Return the options of the supervisor in a unit's ExecStart, by name; empty where there are none to be read."""
+    command = unit.partition("\nExecStart=")[2].partition(" -- ")[0].partition("\n")[0]
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return {}
+    values = (word.replace("%%", "%").replace("$$", "$") for word in words[1:])
+    return {name[2:]: value for name, value in zip(words, values) if name.startswith("--")}
 
 
 def torchrun_program(node: t.Mapping[str, t.Any], folder: str) -> list[str]:

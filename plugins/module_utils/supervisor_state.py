@@ -62,6 +62,7 @@ STATE = Fields(
         "max_restarts": COUNT,
         "checkpoint": CHECKPOINT,
         "checkpoint_hosts": Maybe(ListOf(Text(255), NODES)),
+        "checkpoints": Maybe(MapOf(Fields({"host": HOST, "path": Text(4096), "time": MOMENT}), NODES)),
         "last_exit": Maybe(Fields({"generation": COUNT, "time": MOMENT, "code": CODE, "ordered": Flag(), "cause": Maybe(CAUSE)})),
         "first_cause": Maybe(CAUSE),
         "history": Maybe(ListOf(CAUSE, 100)),

@@ -45,6 +45,10 @@ options:
     description: Folder whose C(environments) are read in the same way.
     type: str
     default: ""
+  job:
+    description: Name of the job, for its place at its last start.
+    type: str
+    default: ""
   job_root:
     description: Folder of the job, for what its supervisor has written.
     type: str
@@ -210,6 +214,9 @@ node:
     state_odd:
       description: Why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty.
       type: str
+    past:
+      description: The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes.
+      type: dict
     glibc:
       description: Version of the C library, which decides the wheels that fit.
       type: str
@@ -240,6 +247,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     folder_access,
     hardware,
     hostile_input,
+    job_past,
     node_facts,
     node_lock,
     run_lease,
@@ -292,6 +300,7 @@ def main() -> None:
             "user": {"type": "str", "default": "torchrun"},
             "environments": {"type": "list", "elements": "str", "default": []},
             "environments_root": {"type": "str", "default": ""},
+            "job": {"type": "str", "default": ""},
             "job_root": {"type": "str", "default": ""},
             "checkpoint_dir": {"type": "str", "default": ""},
             "checkpoint_glob": {"type": "str", "default": "*"},
@@ -345,6 +354,9 @@ def main() -> None:
         "secret_ids": node_facts.secret_ids(),
         "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0),
         **looked(reader, lambda: node_facts.job_state(params["job_root"]), UNKNOWN_STATE),
+        "past": looked(reader, lambda: job_past.look(params["job"], params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0)
+        if params["job"]
+        else {},
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

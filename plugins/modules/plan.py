@@ -37,7 +37,7 @@ options:
     default: spares
   starts:
     description:
-      - Whether the job is to be started, so that a spare must not begin without the checkpoints of the node that it replaces.
+      - Whether the job is to be started, so that no rank may begin from less than the newest checkpoint that it has or had.
     type: bool
     default: false
   fail:

@@ -99,7 +99,7 @@ info:
       description: Id of the current release.
       type: str
     releases:
-      description: The starts of the job, oldest first, with C(release), C(time), C(back) and C(kept).
+      description: The starts of the job, oldest first, with C(release), C(time), C(back), C(kept) and C(checkpoints) (folder and pattern).
       type: list
       elements: dict
 """

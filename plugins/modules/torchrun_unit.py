@@ -96,6 +96,15 @@ options:
     description: The run that this is done for, which must still hold the node; set by the action plugin.
     type: dict
     default: {}
+  hosts:
+    description: All hosts that take part, in the order of their ranks, which root remembers on the node for the next start.
+    type: list
+    elements: str
+    default: []
+  accept_lost:
+    description: Whether a person accepts that the job goes on without checkpoints that it had.
+    type: bool
+    default: false
 author:
   - The onprem.torch maintainers (@onprem-torch)
 attributes:
@@ -147,6 +156,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import (
     environment,
     job_folders,
+    job_past,
     job_user,
     launch,
     needrestart,
@@ -352,7 +362,10 @@ class Node:
         # Also where the file is right already: a run that was killed may have written it and no more.
         self.systemctl("daemon-reload")
         self.systemctl("enable", "--quiet", self.unit_name)
+        # Before the start and after it: a unit that cannot start leaves no traces of a run that would be missed later.
+        job_past.remember_start(params["job"], unit, params["hosts"], params["accept_lost"], ran=False)
         self.systemctl("start", self.unit_name)
+        job_past.remember_start(params["job"], unit, params["hosts"], params["accept_lost"], ran=True)
         self.changes.append(f"start of {self.unit_name}")
 
     def stopped(self) -> None:
@@ -383,6 +396,7 @@ class Node:
         self.changes += marks
         if self.module.check_mode:
             return
+        job_past.forget(self.params["job"])
         try:
             safe_files.as_user(who, lambda: job_folders.set_aside(folder, pattern), job_folders.SECONDS)
             safe_files.as_user(who, lambda: job_folders.forget(root))
@@ -396,7 +410,7 @@ class Node:
         params = self.params
         # In folders of root's alone.
         leftovers = [] if needrestart.jobs_left(UNITS, self.unit_name) else [needrestart.PATH]
-        leftovers += [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret"))]
+        leftovers += [self.unit_path, *(os.path.join(launch.SETTINGS, f"{params['job']}.{kind}") for kind in ("env", "secret", "past.json"))]
         for path in leftovers:
             if os.path.lexists(path):
                 self.changes.append(f"removal of {path}")
@@ -468,6 +482,8 @@ def main() -> None:
             "secret": {"type": "str", "default": "", "no_log": True},
             "keep_releases": {"type": "int", "default": 3},
             "run": {"type": "dict", "default": {}},
+            "hosts": {"type": "list", "elements": "str", "default": []},
+            "accept_lost": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )

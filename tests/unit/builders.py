@@ -60,6 +60,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "secret_ids": {},
         "checkpoint": {},
         "checkpoint_hosts": [],
+        "past": {},
         "glibc": "2.36",
         "clock_offset_seconds": 0.0,
         "cpus": 8,

@@ -36,6 +36,7 @@ state.json in --state-dir (replaced in one step at every change; times are secon
     restarts_left, max_restarts     the budget: failures without progress that are still forgiven
     checkpoint      newest file that matched the glob on this node: {path, time} or null
     checkpoint_hosts    hosts on which a checkpoint has been seen, whether they are still there or not
+    checkpoints     the newest one of the first ranks, as last seen: {rank: {host, path, time}}
     last_exit       of torchrun on this node: {generation, time, code (negative: signal), ordered, cause} or null
     first_cause     why the last generation that ended early did: {host, node_rank, rank, local_rank, reason (exit,
                     signal, error, out of memory, hang, lost, shutdown, restart), error, exit_code, signal, generation, time,
@@ -69,7 +70,7 @@ import time
 from typing import Any, Callable, Iterable, Optional
 
 # Lies beside this file in a release.
-from hostile_input import LAST_MOMENT, Fields, Flag, ListOf, Maybe, Number, Odd, Shape, Text, check, find, load, parse_json, printable
+from hostile_input import LAST_MOMENT, Fields, Flag, ListOf, MapOf, Maybe, Number, Odd, Shape, Text, check, find, load, parse_json, printable
 
 EXIT_OK, EXIT_INTERNAL, EXIT_USAGE, EXIT_FAILED, EXIT_AGAIN = 0, 1, 2, 10, 75
 MARKER = "TORCHRUN_SUPERVISOR_ID"   # environment variable that names every process of this supervisor
@@ -249,6 +250,9 @@ MOMENT = Number(0, LAST_MOMENT, whole=False)
 COUNT, CODE, NAME, WORD, SENTENCE = Number(), Number(-2**31, 2**32), Text(255), Text(40), Text(2000)
 PHASES, STATES = ("idle", "running", "stopping"), ("waiting", "running", "stopping") + FINAL
 CHECKPOINT = Maybe(Fields({"path": Text(1024), "time": MOMENT}, ("path", "time")))
+# Ranks whose newest checkpoint every node remembers, and the characters of its path: the view is a message of limited size.
+CHECKPOINTS_TOLD, PATH_TOLD = 16, 1000
+TOLD = MapOf(Fields({"host": NAME, "path": Text(PATH_TOLD), "time": MOMENT}, ("host", "path", "time")), CHECKPOINTS_TOLD)
 CAUSE_FIELDS: dict[str, Shape] = {
     "reason": WORD, "error": Maybe(SENTENCE), "time": Maybe(MOMENT), "exit_code": Maybe(CODE), "signal": Maybe(WORD),
     "rank": Maybe(COUNT), "local_rank": Maybe(COUNT), "own": Flag(), "echo": Flag()}
@@ -267,7 +271,8 @@ NEWS = [key for key in REPORT_FIELDS if key not in ("checkpoints", "lines", "che
 MOST_HOSTS = 10000
 VIEW_FIELDS: dict[str, Shape] = {
     "state": Text(choices=STATES), "text": SENTENCE, "generation": COUNT, "restarts": COUNT, "restarts_left": COUNT,
-    "first_cause": SETTLED, "stopped_by": Maybe(NAME), "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)}
+    "first_cause": SETTLED, "stopped_by": Maybe(NAME), "checkpoint_hosts": ListOf(NAME, MOST_HOSTS),
+    "checkpoints": TOLD}
 VIEW = Fields(VIEW_FIELDS, tuple(VIEW_FIELDS))
 ORDERS = ("wait", "run", "stop") + FINAL
 ORDER = Fields({"order": Text(choices=ORDERS), "generation": COUNT, "graceful": Flag(), "hang": Flag(), "echo": FINITE, "now": FINITE,
@@ -276,7 +281,7 @@ DONE = Fields({"job": NAME, "release": NAME, "unacknowledged": ListOf(COUNT, MOS
 # A generation that no job reaches is not gone on with: it was written by somebody else.
 STATE = Fields({"job": NAME, "release": NAME, "text": SENTENCE, "generation": Number(0, 10**6), "result": Maybe(Text(choices=FINAL)),
                 "restarts": COUNT, "restarts_left": COUNT, "first_cause": SETTLED, "history": ListOf(SETTLED, HISTORY),
-                "checkpoint_hosts": ListOf(NAME, MOST_HOSTS)})
+                "checkpoint_hosts": ListOf(NAME, MOST_HOSTS), "checkpoints": TOLD})
 
 
 class Anything(Shape):
@@ -334,6 +339,7 @@ class Coordinator:
         self.history: list[JSON] = []
         self.stopped_by: Optional[str] = None
         self.checkpoint_hosts: list[str] = []   # never shrinks: who looks for a lost node's checkpoints asks this
+        self.checkpoints_seen: JSON = {}
         if unacknowledged is not None:          # done before; some nodes have not been told
             self.phase = "done"
             for seat in self.seats:
@@ -365,6 +371,9 @@ class Coordinator:
         seat.heard, seat.report, seat.host, seat.host_of = now, report, report["host"], session
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
+        if report["checkpoint"] and rank < CHECKPOINTS_TOLD:
+            newest = report["checkpoint"]
+            self.checkpoints_seen[str(rank)] = {"host": report["host"], "path": newest["path"][:PATH_TOLD], "time": newest["time"]}
         if report["checkpoint"] and seat.host not in self.checkpoint_hosts and self._room_for(report["host"]):
             self.checkpoint_hosts = sorted([*self.checkpoint_hosts, report["host"]])
         last = report.get("exit") or {}
@@ -485,7 +494,7 @@ class Coordinator:
         """What every node is told about the job."""
         return {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
-                "checkpoint_hosts": self.checkpoint_hosts}
+                "checkpoint_hosts": self.checkpoint_hosts, "checkpoints": dict(self.checkpoints_seen)}
 
     # -- inside
 
@@ -1632,7 +1641,8 @@ class Supervisor:
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
                            "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
-                           "checkpoint_hosts": old.get("checkpoint_hosts") or []}
+                           "checkpoint_hosts": old.get("checkpoint_hosts") or [],
+                           "checkpoints": old.get("checkpoints") or {}}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
             done = read_known(self.done_file, DONE)
@@ -1643,6 +1653,7 @@ class Supervisor:
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = [cause for cause in kept.get("history") or [] if cause]
             self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
+            self.coordinator.checkpoints_seen = dict(self.view["checkpoints"])
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
         self.listener: Optional[socket.socket] = None
