@@ -17,6 +17,8 @@ USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # PEP 440 without epochs; a local part such as +cu130 may follow.
 VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.(post|dev)\d+)*(\+[A-Za-z0-9.]+)?")
+# What MemoryMax= of systemd.resource-control(5) takes, with a unit.
+MEMORY = re.compile(r"[1-9]\d{0,5}[MGT]|([1-9]\d?|100)%")
 FOLDERS = ("torchrun_root", "torchrun_log_root", "torchrun_checkpoint_dir", "pytorch_root", "pytorch_environment", "pytorch_python")
 # The smallest value of each number. Ports and ranks have checks of their own.
 SMALLEST = {
@@ -100,6 +102,15 @@ def patterns(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
         yield variable, f"{variable} is {shown(value)}, but a regular expression was expected ({error})", "correct the expression"
 
 
+def memory(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
+    """A limit of memory has a unit: a bare number would be bytes, which no process starts in."""
+    variable = "torchrun_memory_max"
+    value = variables.get(variable) or ""
+    if value and not MEMORY.fullmatch(value):
+        text = f"{variable} is {shown(value)}, but a share of a node's memory or an amount of it was expected"
+        yield variable, text, "write one such as 90% or 200G, or leave it empty"
+
+
 def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """Return every problem with the values of one host's variables.
 
@@ -109,6 +120,6 @@ def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """
     return [
         Problem(host, variable, text, cure)
-        for look in (names, paths, numbers, environment, patterns)
+        for look in (names, paths, numbers, memory, environment, patterns)
         for variable, text, cure in look(variables)
     ]
