@@ -210,6 +210,6 @@ def other_lab(lab: Lab, link: Link, network: str, nodes: str, machines: t.Iterab
     what = f"the bridge {link.name}" if link.name == lab.bridge else f"the network {network}, on the bridge {link.name},"
     return (
         f"{what} is in use by another lab on this machine, {shown(nodes)}, whose nodes run ({names}); nothing was changed. "
-        "Remove that lab (make clean in its checkout, or this playbook with -e lab_state=absent and its inventory), or give this one a "
+        "Remove that lab (make clean in its checkout, or -e lab_take_over=true here), or give this one a "
         f"bridge and a network of its own: lab_bridge, lab_subnet and ansible_host of each node in {shown(lab.nodes)}"
     )
