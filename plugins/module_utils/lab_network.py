@@ -64,15 +64,21 @@ class Findings(t.NamedTuple):
     remove: list[str]  # bridges of such labs
 
 
-def links(text: str) -> list[Link]:
-    """Return the interfaces that ``ip -json -details address show`` tells of."""
+def links(text: str, namespaces: str = "") -> list[Link]:
+    """Return the interfaces that ``ip -json -details address show`` tells of.
+
+    Args:
+        text: its output.
+        namespaces: what ``ip -json netns list`` tells, for the names of namespaces.
+    """
+    names = {item["id"]: str(item["name"]) for item in json.loads(namespaces or "[]") if "id" in item}
     return [
         Link(
             name=str(item["ifname"]),
             kind=str((item.get("linkinfo") or {}).get("info_kind") or ""),
             alias=str(item.get("ifalias") or ""),
             master=str(item.get("master") or ""),
-            namespace=str(item.get("link_netns") or ""),
+            namespace=names.get(item.get("link_netnsid"), ""),
             up="UP" in (item.get("flags") or []),
             addresses=tuple(
                 f"{entry['local']}/{entry['prefixlen']}" for entry in item.get("addr_info") or [] if "local" in entry and entry.get("scope") != "link"

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +18,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import nspawn
 
 HIERARCHIES = ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")
 SECONDS_TO_END = 15.0
+SECONDS_TO_BE_REAPED = 3.0
+IN_GROUP = re.compile(rf"^0::\S*/{nspawn.GROUPS}/[^/\s]+/([^/\s]+)", re.MULTILINE)
 # Runs a command, whose failure is no error, and returns what it prints.
 Run = t.Callable[..., str]
 
@@ -25,6 +29,27 @@ def names(root: str) -> list[str]:
     folder = os.path.dirname(nspawn.located(root))
     running = {found.name for found in nspawn.machines() if found.root == nspawn.located(root)}
     return sorted(running | {nspawn.machine_name(os.path.basename(folder), os.path.dirname(folder))})
+
+
+def members(machines: t.Container[str]) -> list[int]:
+    """Return the processes in the cgroups of machines: a node outlives an nspawn that was killed, and its first process no folder."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/cgroup"):
+        try:
+            with open(path, encoding="utf-8", errors="replace") as stream:
+                inside = IN_GROUP.search(stream.read())
+        except OSError:
+            continue
+        if inside and inside[1] in machines:
+            found.append(int(path.split("/")[2]))
+    return found
+
+
+def kill(pids: t.Iterable[int]) -> None:
+    """SIGKILL to processes, of which some may have ended."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def groups(root: str, machines: t.Iterable[str]) -> list[str]:
@@ -42,11 +67,16 @@ def empty(group: str) -> None:
     remove_group(group)
 
 
-def remove_group(group: str) -> None:
-    """Remove a cgroup with those below it, as far as they are empty."""
-    for path, _folders, _files in os.walk(group, topdown=False):
-        with contextlib.suppress(OSError):
-            os.rmdir(path)
+def remove_group(group: str, seconds: float = 0.0) -> None:
+    """Remove a cgroup with those below it, as far as they are empty, or will be within some seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for path, _folders, _files in os.walk(group, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        if not os.path.isdir(group) or time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def end(root: str, run: Run) -> None:
@@ -62,10 +92,8 @@ def end(root: str, run: Run) -> None:
     machines = names(root)
     deadline = time.monotonic() + SECONDS_TO_END
     while True:
-        running = nspawn.processes(root)
-        for pid in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        running = nspawn.processes(root) + members(machines)
+        kill(running)
         left = groups(root, machines)
         for group in left:
             empty(group)
@@ -105,7 +133,8 @@ def mounts(folder: str) -> list[str]:
 def there(folder: str) -> bool:
     """Return whether anything of a node is there."""
     root = os.path.join(folder, "root")
-    return bool(nspawn.processes(root) or groups(root, names(root)) or os.path.lexists(folder) or mounts(folder))
+    machines = names(root)
+    return bool(nspawn.processes(root) or members(machines) or groups(root, machines) or os.path.lexists(folder) or mounts(folder))
 
 
 def remove(folder: str, run: Run) -> None:
@@ -139,7 +168,7 @@ def remove_lab_groups(nodes: str, run: Run) -> None:
     """Remove what held the nodes of a lab together, where none is left."""
     lab = nspawn.digest(nodes)
     for path in (*HIERARCHIES, "/sys/fs/cgroup/memory"):
-        remove_group(os.path.join(path, nspawn.GROUPS, lab))
+        remove_group(os.path.join(path, nspawn.GROUPS, lab), SECONDS_TO_BE_REAPED)
         with contextlib.suppress(OSError):  # another lab's are in it
             os.rmdir(os.path.join(path, nspawn.GROUPS))
     if nspawn.unified_systemd():

@@ -76,6 +76,8 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn, nspawn_end
 
+PLUG = "vb-"  # what nspawn calls a node's end of the bridge
+
 
 class Lab:
     """A lab among others on this machine."""
@@ -85,7 +87,7 @@ class Lab:
         self.params = module.params
         self.nodes = nspawn.located(self.params["state_dir"])
         self.removed: list[str] = []
-        self.links = lab_network.links(self.run("ip", "-json", "-details", "address", "show"))
+        self.links = lab_network.links(self.run("ip", "-json", "-details", "address", "show"), self.run("ip", "-json", "netns", "list"))
 
     def run(self, *words: str) -> str:
         """Run a command that may fail, or that this machine may not have, and return what it prints."""
@@ -154,7 +156,12 @@ class Lab:
         self.removed.append(f"bridge {bridge}")
         if lab_network.table(bridge) in self.tables():
             commands += [["nft", "delete", "table", "ip", lab_network.table(bridge)]]
-        for command in commands if not self.module.check_mode else []:
+        if self.module.check_mode:
+            return
+        # Nodes whose nspawn was killed, and whose folder is gone, live on.
+        plugs = {link.name[len(PLUG) :] for link in self.links if link.master == bridge and link.name.startswith(PLUG)}
+        nspawn_end.kill(nspawn_end.members(plugs))
+        for command in commands:
             self.run(*command)
 
 

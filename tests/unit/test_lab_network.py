@@ -89,8 +89,9 @@ def test_a_network_that_is_reached_another_way_is_refused(target, refused):
 
 
 def test_outsiders_are_found_by_their_plugs():
-    port = {"ifname": "vo-stranger", "master": "onprem0", "link_netns": "stranger"}
-    found = lab_network.links(json.dumps([bridge(), port, {**port, "ifname": "vo-b", "master": "onprem1", "link_netns": "b"}]))
+    port = {"ifname": "vo-stranger", "master": "onprem0", "link_netnsid": 5}
+    entries = [bridge(), port, {**port, "ifname": "vo-b", "master": "onprem1", "link_netnsid": 6}]
+    found = lab_network.links(json.dumps(entries), '[{"name":"b","id":6},{"name":"stranger","id":5},{"name":"unused"}]')
     assert lab_network.outsiders("onprem0", found) == ["stranger"]
 
 
