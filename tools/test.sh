@@ -16,6 +16,13 @@ fi
 export PATH=$PWD/${VENV:-.venv}/bin:$PATH
 export ANSIBLE_CONFIG=$PWD/ansible.cfg NO_COLOR=1
 
+# Tests have bridges and subnets of their own, which two runs cannot share. The lock ends with this shell; what it starts has none.
+exec 9>/run/lock/onprem-torch-test.lock
+flock --nonblock 9 || {
+    echo "test: another run of the tests is under way on this machine; wait for its end" >&2
+    exit 2
+}
+
 # name: command. Those without nodes come first, since they are the quickest to tell.
 suites=(
     "lint: ansible-lint --offline && yamllint --strict . && antsibull-changelog lint"
@@ -58,7 +65,7 @@ for suite in "${suites[@]}"; do
     chosen "$name" || continue
     printf '\n=== %s: %s\n' "$name" "$command"
     began=$SECONDS
-    if bash -c "$command"; then
+    if bash -c "$command" 9>&-; then
         verdict=passed
         passed=$((passed + 1))
     else

@@ -14,10 +14,12 @@ from ansible_collections.onprem.torch.plugins.module_utils import job_state, sym
 BEFORE_SECONDS, AFTER_SECONDS = 60.0, 15.0
 # Causes of the supervisors that say that something happened, and not why. An event of the kernel explains them.
 UNEXPLAINED = ("lost", "signal", "hang", "exit", "out of memory")
+LIMIT = "torchrun_memory_max"
 FULL_BYTES = 1 << 20
 WORDS = {
     "xid": "the NVIDIA driver reports a GPU fault",
     "out of memory": "the kernel ended a process because the node's memory was used up",
+    "memory limit": "the kernel ended a process because a limit of memory was reached",
     "disk": "a disk reports errors",
     "network": "a network link went down",
     "machine check": "the hardware reports an error",
@@ -25,6 +27,8 @@ WORDS = {
 CURES = {
     "xid": "look the number up in NVIDIA's list of Xid errors; where it comes back, drain the node (torchrun_node_out) and test its GPU",
     "out of memory": "lower what the job holds in memory (DataLoader workers, batch size) or end what else runs on the node",
+    "memory limit": "raise torchrun_memory_max, or the limit of whatever the node itself runs in; or lower what the job holds in memory"
+    " (DataLoader workers, batch size)",
     "disk": "replace or check the disk; dmesg on the node has more",
     "network": "check cable, switch port and adapter of the node",
     "machine check": "drain the node (torchrun_node_out) and test its memory and CPU",
@@ -121,8 +125,9 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
     deeper = [entry for entry in around if entry["source"] == "kernel" and told.get("reason") in UNEXPLAINED]
     # What a worker itself says is the cause unless the kernel has ended it: then its kernel's line is.
     own = [entry for entry in deeper if entry["host"] == told.get("host")] or [entry for entry in deeper if entry["time"] <= moment + 1]
-    if own:
-        first = own[0]
+    first = own[0] if own else None
+    # Of a limit of the job's own, the supervisor tells more than the kernel: how much it is, and where it is set.
+    if first and not (first["kind"] == "memory limit" and LIMIT in cause["text"]):
         cause = {**first, "text": f"{WORDS[first['kind']]}: {first['text']}"}
     result["cause"] = cause
     result["evidence"] = [event(str(told.get("host") or "an unknown node"), "supervisor", told_kind, moment, told_text)] + around + disks
@@ -136,8 +141,10 @@ def meaning(evidence: t.Sequence[t.Mapping[str, t.Any]], cause: t.Mapping[str, t
     """Return what known texts and kinds mean, the cause's first."""
     found = []
     for entry in [cause, *evidence]:
-        if entry["kind"] in CURES:
-            found.append(CURES[entry["kind"]])
+        limited = entry["kind"] == "out of memory" and LIMIT in str(entry["text"])
+        kind = "memory limit" if limited else entry["kind"]
+        if kind in CURES:
+            found.append(CURES[kind])
     if "No space left" in str(cause["text"]):
         found.insert(0, CURES["full"])
     # The texts of the others mostly tell of the consequences.

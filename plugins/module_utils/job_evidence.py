@@ -15,7 +15,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import hostile_input,
 # Lines of the kernel's log that end training, and what kind of event they are.
 KERNEL = (
     ("xid", re.compile(r"NVRM: Xid")),
-    ("out of memory", re.compile(r"Out of memory: Killed process|Memory cgroup out of memory: Killed process")),
+    ("memory limit", re.compile(r"Memory cgroup out of memory: Killed process")),
+    ("out of memory", re.compile(r"Out of memory: Killed process")),
     ("disk", re.compile(r"I/O error|EXT4-fs error|XFS .*(Corruption|shutdown)|Remounting filesystem read-only|nvme\S* .*(timeout|controller is down)")),
     ("network", re.compile(r"(link is down|link down|Link Down|NETDEV WATCHDOG)", re.I)),
     ("machine check", re.compile(r"Machine check events logged|Hardware Error")),

@@ -64,7 +64,7 @@ def job_paths(job: t.Mapping[str, t.Any], data_paths: t.Sequence[str]) -> dict[s
         "protect_home": not in_home,
         "final_exit_codes": list(FINAL_EXIT_CODES),
         "again_exit_code": AGAIN_EXIT_CODE,
-        "service_properties": list(SERVICE_PROPERTIES),
+        "service_properties": [*SERVICE_PROPERTIES, *([f"MemoryMax={job['memory_max']}"] if job.get("memory_max") else [])],
     }
 
 

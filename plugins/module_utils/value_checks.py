@@ -20,6 +20,8 @@ ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.(post|dev)\d+)*(\+[A-Za-z0-9.]+)?")
 # Folders that a job, or root for it, writes to. The other paths may well be the system's.
 WRITTEN = ("torchrun_root", "torchrun_log_root", "torchrun_checkpoint_dir", "torchrun_data_paths", "pytorch_root")
+# What MemoryMax= of systemd.resource-control(5) takes, with a unit.
+MEMORY = re.compile(r"[1-9]\d{0,5}[MGT]|([1-9]\d?|100)%")
 FOLDERS = ("torchrun_root", "torchrun_log_root", "torchrun_checkpoint_dir", "pytorch_root", "pytorch_environment", "pytorch_python")
 # The smallest value of each number. Ports and ranks have checks of their own.
 SMALLEST = {
@@ -119,6 +121,15 @@ def patterns(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
         yield variable, f"{variable} is {shown(value)}, but a regular expression was expected ({error})", "correct the expression"
 
 
+def memory(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
+    """A limit of memory has a unit: a bare number would be bytes, which no process starts in."""
+    variable = "torchrun_memory_max"
+    value = variables.get(variable) or ""
+    if value and not MEMORY.fullmatch(value):
+        text = f"{variable} is {shown(value)}, but a share of a node's memory or an amount of it was expected"
+        yield variable, text, "write one such as 90% or 200G, or leave it empty"
+
+
 def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """Return every problem with the values of one host's variables.
 
@@ -128,6 +139,6 @@ def check(host: str, variables: t.Mapping[str, t.Any]) -> list[Problem]:
     """
     return [
         Problem(host, variable, text, cure)
-        for look in (names, paths, numbers, environment, packages, patterns)
+        for look in (names, paths, numbers, memory, environment, packages, patterns)
         for variable, text, cure in look(variables)
     ]

@@ -35,6 +35,12 @@ options:
     description: Whether the nodes reach the outside by masquerading; needs nf_tables in the kernel.
     type: bool
     default: true
+  state_dir:
+    description:
+      - Folder of the lab's nodes, as for M(onprem.torch.nspawn_node). The bridge carries it as the alias of its interface.
+      - A bridge that carries another folder is another lab's, and left alone.
+    type: path
+    default: ""
   outsiders:
     description: Network namespaces, each with C(name), C(address) and, if wanted, C(address6), both with prefix length.
     type: list
@@ -72,6 +78,7 @@ import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn
 
 FORWARD = "/proc/sys/net/ipv4/ip_forward"
 INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
@@ -89,6 +96,7 @@ class Bridge:
         self.module = module
         self.params = module.params
         self.name = self.params["name"]
+        self.nodes = nspawn.located(self.params["state_dir"]) if self.params["state_dir"] else ""
         self.changes: list[str] = []
 
     def run(self, *words: str, check: bool = True) -> str:
@@ -107,15 +115,22 @@ class Bridge:
             for command in commands:
                 self.run(*command)
 
+    def links(self) -> list[lab_network.Link]:
+        """Return the interfaces of this machine."""
+        return lab_network.links(self.run("ip", "-json", "-details", "address", "show", check=False))
+
     def addresses(self, link: str, *namespace: str) -> set[str]:
         """Return the addresses of an interface with prefix lengths."""
         output = self.run("ip", *namespace, "-json", "address", "show", "dev", link, check=False)
-        found = json.loads(output or "[]")
-        return {f"{entry['local']}/{entry['prefixlen']}" for item in found for entry in item.get("addr_info", [])}
+        return {address for item in lab_network.links(output) for address in item.addresses}
+
+    def bridge(self) -> lab_network.Link | None:
+        """Return the bridge, None where there is none."""
+        return next((link for link in self.links() if link.name == self.name), None)
 
     def table(self) -> str:
         """Return the name of the nftables table."""
-        return f"onprem_lab_{self.name}".replace("-", "_").replace(".", "_")
+        return lab_network.table(self.name)
 
     def rules(self) -> str:
         """Return the nftables rules: masquerade what leaves the bridge, and let a default-drop forward policy pass it."""
@@ -152,13 +167,27 @@ class Bridge:
         params = self.params
         if not params["address"]:
             self.module.fail_json(msg=f"{self.name}: address is needed to make the bridge")
-        if not os.path.exists(f"/sys/class/net/{self.name}/bridge"):
+        if not lab_network.BRIDGE_NAME.fullmatch(self.name):
+            self.module.fail_json(
+                msg=f"lab_bridge is {self.name!r}, but at most 15 letters, digits, '_', '.' and '-' that begin with a letter were expected"
+            )
+        bridge = self.bridge()
+        if not bridge:
             self.change(f"bridge {self.name}", ["ip", "link", "add", self.name, "type", "bridge"])
+        elif bridge.owner not in ("", self.nodes) or bridge.kind != "bridge":
+            self.module.fail_json(msg=f"{self.name} is another lab's ({lab_network.shown(bridge.owner)}), or no bridge; set lab_bridge")
+        elif self.nodes and not (bridge.owner or bridge.bare or self.run("nft", "list", "table", "ip", self.table(), check=False)):
+            self.module.fail_json(msg=f"{self.name} is a bridge that no lab has made; it is left alone: set lab_bridge to another name")
+        self.sign(bridge.alias if bridge else "")
         wanted = {address for address in (params["address"], params["address6"]) if address}
-        for address in sorted(wanted - self.addresses(self.name)):
+        there = set(bridge.addresses) if bridge else set()
+        for address in sorted(wanted - there):
             nodad = ["nodad"] if ":" in address else []
             self.change(f"address {address}", ["ip", "address", "add", address, "dev", self.name, *nodad])
-        if "UP" not in self.run("ip", "link", "show", "dev", self.name, check=False).split(">")[0]:
+        # Of a lab that has got another subnet. What somebody has given a bridge that is not signed yet is not ours.
+        for address in sorted(there - wanted) if self.nodes and bridge and bridge.owner == self.nodes else []:
+            self.change(f"no address {address}", ["ip", "address", "delete", address, "dev", self.name])
+        if not (bridge and bridge.up):
             self.change("link up", ["ip", "link", "set", self.name, "up"])
         self.sysctl(INSTANCES, ENOUGH_INSTANCES)
         self.room_for_neighbours()
@@ -166,6 +195,17 @@ class Bridge:
             self.masquerade()
         for outsider in params["outsiders"]:
             self.outsider(outsider)
+
+    def sign(self, there: str) -> None:
+        """Let the bridge say whose it is."""
+        if not self.nodes:
+            return
+        try:
+            wanted = lab_network.alias(self.nodes)
+        except ValueError as error:
+            self.module.fail_json(msg=str(error))
+        if wanted != there:
+            self.change(f"owner {self.nodes}", ["ip", "link", "set", "dev", self.name, "alias", wanted])
 
     def masquerade(self) -> None:
         """Let the nodes reach what this machine reaches."""
@@ -187,14 +227,28 @@ class Bridge:
         """Return the names of the network namespaces."""
         return {item["name"] for item in json.loads(self.run("ip", "-json", "netns", "list", check=False) or "[]")}
 
+    def inside(self, namespace: str) -> list[lab_network.Link]:
+        """Return the interfaces in a network namespace that are in use."""
+        output = self.run("ip", "-netns", namespace, "-json", "-details", "address", "show", check=False)
+        return [link for link in lab_network.links(output) if link.up or link.addresses]
+
     def outsider(self, outsider: dict[str, str]) -> None:
         """Make a namespace with an interface on the bridge."""
         name = outsider["name"]
-        host_end = f"vo-{name}"[:15]
+        host_end = f"{lab_network.OUTSIDER}{name}"[:15]
         wanted = {outsider[key] for key in ("address", "address6") if outsider.get(key)}
         inside = ("-netns", name)
-        if name in self.namespaces() and wanted <= self.addresses("out0", *inside):
+        end = next((link for link in self.links() if link.name == host_end), None)
+        there = name in self.namespaces()
+        if end and end.master not in ("", self.name):
+            self.module.fail_json(msg=f"the outsider {name} is on the bridge {end.master} already; name it differently in lab_outsiders")
+        if there and end and end.master and wanted <= self.addresses("out0", *inside):
             return
+        inhabited = [link.name for link in self.inside(name) if link.name not in ("lo", "out0")] if there else []
+        if inhabited:
+            self.module.fail_json(
+                msg=f"the network namespace {name} has interfaces that no lab has made ({', '.join(inhabited)}); rename it in lab_outsiders"
+            )
         self.changes.append(f"outsider {name}")
         if self.module.check_mode:
             return
@@ -209,14 +263,22 @@ class Bridge:
         self.run("ip", *inside, "link", "set", "out0", "up")
 
     def absent(self) -> None:
-        """Remove what is there."""
+        """Remove what is there and not another lab's."""
+        bridge = self.bridge()
+        if bridge and bridge.owner not in ("", self.nodes):
+            return
         for outsider in self.params["outsiders"]:
-            if outsider["name"] in self.namespaces():
+            if outsider["name"] in self.namespaces() and not self.elsewhere(outsider["name"]):
                 self.change(f"outsider {outsider['name']}", ["ip", "netns", "delete", outsider["name"]])
-        if os.path.exists(f"/sys/class/net/{self.name}"):
+        if bridge:
             self.change(f"bridge {self.name}", ["ip", "link", "delete", self.name])
         if self.run("nft", "list", "table", "ip", self.table(), check=False):
             self.change(f"table {self.table()}", ["nft", "delete", "table", "ip", self.table()])
+
+    def elsewhere(self, outsider: str) -> bool:
+        """Return whether a namespace is on another bridge, or somebody else's."""
+        end = next((link for link in self.links() if link.name == f"{lab_network.OUTSIDER}{outsider}"[:15]), None)
+        return bool(end and end.master not in ("", self.name)) or any(link.name not in ("lo", "out0") for link in self.inside(outsider))
 
 
 def main() -> None:
@@ -224,6 +286,7 @@ def main() -> None:
         argument_spec={
             "name": {"type": "str", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state_dir": {"type": "path", "default": ""},
             "address": {"type": "str", "default": ""},
             "address6": {"type": "str", "default": ""},
             "masquerade": {"type": "bool", "default": True},

@@ -67,6 +67,12 @@ options:
     description: Environment of the node's first process.
     type: dict
     default: {}
+  memory:
+    description:
+      - Memory that all nodes of this O(state_dir) may use together, such as V(80%) of this machine's or V(16G). Empty for no limit.
+      - Needs the memory controller of cgroups, version 1 or 2; there is no limit without it.
+    type: str
+    default: ""
   user:
     description: User of the root file system who may log in with O(authorized_key).
     type: str
@@ -127,17 +133,15 @@ running:
 
 import json
 import os
-import shutil
-import signal
 import time
 import uuid
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import nspawn
+from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn, nspawn_end
 
 # Between a node's reboot and its next boot nspawn ends and is started again.
 SECONDS_OFF_DURING_REBOOT = 5.0
-SETTINGS = ("root_file_system", "address", "address6", "gateway", "bridge", "devices", "binds", "environment", "distribution")
+SETTINGS = ("root_file_system", "address", "address6", "gateway", "bridge", "devices", "binds", "environment", "distribution", "memory")
 
 
 class Node:
@@ -147,12 +151,17 @@ class Node:
         self.module = module
         self.params = module.params
         self.name = self.params["name"]
-        self.folder = os.path.join(self.params["state_dir"], self.name)
+        self.nodes = nspawn.located(self.params["state_dir"])
+        self.folder = os.path.join(self.nodes, self.name)
         self.root = os.path.join(self.folder, "root")
         self.upper = os.path.join(self.folder, "upper")
-        self.machine = nspawn.machine_name(self.name, self.params["bridge"])
-        self.settings_path = os.path.join(self.folder, "settings.json")
-        self.settings = {key: self.params[key] for key in SETTINGS}
+        self.machine = nspawn.machine_name(self.name, self.nodes)
+        self.settings_path = os.path.join(self.folder, nspawn.SETTINGS_FILE)
+        try:
+            self.memory = nspawn.memory_bytes(self.params["memory"], nspawn.machine_memory())
+        except ValueError:
+            self.fail(f"memory is {self.params['memory']!r}, but a share such as 80% or bytes such as 16G were expected; correct lab_memory")
+        self.settings = {**{key: self.params[key] for key in SETTINGS}, "machine": self.machine}
 
     def fail(self, text: str) -> None:
         """Fail with a sentence that names the node."""
@@ -167,7 +176,7 @@ class Node:
 
     def is_on(self) -> bool:
         """Return whether the node runs."""
-        return bool(nspawn.processes(self.machine, self.root))
+        return bool(nspawn.processes(self.root))
 
     def booted_with(self) -> dict[str, object]:
         """Return the settings that the node was booted with."""
@@ -224,7 +233,7 @@ class Node:
         """Mount the overlay; one that a killed run left is mounted anew."""
         os.makedirs(self.root, exist_ok=True)
         os.makedirs(os.path.join(self.folder, "work"), exist_ok=True)
-        self.unmount()
+        nspawn_end.unmount(self.root, self.quietly)
         lowers = self.params["root_file_system"]
         for path in lowers:
             if not os.path.isdir(os.path.join(path, "usr")) and len(lowers) == 1:
@@ -232,26 +241,26 @@ class Node:
         options = f"lowerdir={':'.join(lowers)},upperdir={self.upper},workdir={os.path.join(self.folder, 'work')}"
         self.run("mount", "-t", "overlay", f"onprem-{self.machine}", "-o", options, self.root)
 
-    def unmount(self) -> None:
-        """Unmount the overlay, however often it was mounted."""
-        while nspawn.mounted(self.root):
-            self.run("umount", "--lazy", self.root)
-
     def boot(self) -> None:
         """Boot the node."""
         params = self.params
         if not params["root_file_system"] or not params["address"]:
             self.fail("root_file_system and address are needed to boot it")
+        owner = lab_network.owner_of(self.quietly("ip", "-json", "-details", "address", "show"), params["bridge"])
+        if owner not in ("", self.nodes):
+            self.fail(f"the bridge {params['bridge']} belongs to another lab by now, {lab_network.shown(owner)}; boot the lab again")
         self.prepare()
         self.mount()
-        self.remove_interface()
         words = nspawn.nspawn_words(
             self.machine, self.name, self.root, params["bridge"], params["devices"], params["binds"], params["environment"]
         )
         with open(self.settings_path, "w", encoding="utf-8") as stream:
             json.dump(self.settings, stream)
         console = os.path.join(self.folder, "console.log")
-        nspawn.start(nspawn.boot_words(self.machine, words, console), console)
+        lab = nspawn.digest(self.nodes)
+        if nspawn.unified_systemd():
+            self.quietly("systemctl", "set-property", "--runtime", nspawn.slice_name(lab), f"MemoryMax={self.memory or 'infinity'}")
+        nspawn.start(nspawn.boot_words(self.machine, words, console, lab, self.memory), console)
         deadline = time.monotonic() + 10
         while not self.is_on():
             if time.monotonic() > deadline:
@@ -266,51 +275,20 @@ class Node:
         except OSError:
             return "there is no console"
 
-    def remove_interface(self) -> None:
-        """Remove the node's end of the bridge where a dead node left it."""
-        name = f"vb-{self.machine}"
-        if os.path.exists(f"/sys/class/net/{name}"):
-            self.run("ip", "link", "delete", name, check=False)
+    def quietly(self, *words: str) -> str:
+        """Run a command that may fail, or that this machine may not have."""
+        return self.run(*words, check=False) if self.module.get_bin_path(words[0]) else ""
 
     def power_off(self) -> None:
         """End the node at once, and what a killed nspawn left of it."""
-        deadline = time.monotonic() + 15
-        while self.is_on() or self.cgroups():
-            for pid in nspawn.processes(self.machine, self.root):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            self.empty_cgroups()
-            if time.monotonic() > deadline:
-                self.fail("its processes do not end")
-            time.sleep(0.05)
-        if nspawn.unified_systemd():
-            # Until systemd has forgotten the unit, whose name the next boot needs.
-            unit = nspawn.unit_name(self.machine)
-            self.run("systemctl", "kill", "--signal=KILL", unit, check=False)
-            self.run("systemctl", "stop", unit, check=False)
-        self.remove_interface()
-
-    def cgroups(self) -> list[str]:
-        """Return the cgroups of the node that exist. systemd keeps those of its own units."""
-        folders = (os.path.join(path, "onprem-lab", self.machine) for path in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"))
-        return [folder for folder in folders if os.path.isdir(folder)]
-
-    def empty_cgroups(self) -> None:
-        """Kill whatever lives in the node's cgroups and remove those that are empty."""
-        for folder in self.cgroups():
-            with open(os.path.join(folder, "cgroup.kill"), "w", encoding="ascii") as stream:
-                stream.write("1")
-            for path, _folders, _files in os.walk(folder, topdown=False):
-                try:
-                    os.rmdir(path)
-                except OSError:
-                    return  # a process is still ending; the caller comes again
+        try:
+            nspawn_end.end(self.root, self.quietly)
+        except TimeoutError as error:
+            self.fail(str(error))
 
     def inside(self, *words: str) -> str:
         """Run a command inside the node and return what it prints."""
-        pid = nspawn.leader(self.machine, self.root)
+        pid = nspawn.leader(self.root)
         if not pid:
             return ""
         return self.run("nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", *words, check=False)
@@ -325,7 +303,7 @@ class Node:
                 seen = time.monotonic()
             elif time.monotonic() - seen > SECONDS_OFF_DURING_REBOOT:
                 self.fail(f"the node has ended while it booted: {self.console()}")
-            pid = nspawn.leader(self.machine, self.root)
+            pid = nspawn.leader(self.root)
             if pid and pid != not_leader and nspawn.answers_ssh(address):
                 state = self.inside("systemctl", "is-system-running").strip()
                 if state in ("running", "degraded"):
@@ -374,7 +352,7 @@ class Node:
             self.fail("the node is off, so it cannot be rebooted; use state present")
         if self.module.check_mode:
             return {"changed": True}
-        before = nspawn.leader(self.machine, self.root)
+        before = nspawn.leader(self.root)
         self.inside("systemctl", "reboot")
         result: dict[str, object] = {"changed": True}
         if self.params["wait"]:
@@ -383,11 +361,12 @@ class Node:
 
     def absent(self) -> dict[str, object]:
         """Remove the node and everything it wrote."""
-        changed = self.is_on() or bool(self.cgroups()) or os.path.lexists(self.folder) or nspawn.mounted(self.root)
+        changed = nspawn_end.there(self.folder)
         if changed and not self.module.check_mode:
-            self.power_off()
-            self.unmount()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            try:
+                nspawn_end.remove(self.folder, self.quietly)
+            except TimeoutError as error:
+                self.fail(str(error))
         return {"changed": changed}
 
 
@@ -405,6 +384,7 @@ def main() -> None:
             "devices": {"type": "list", "elements": "path", "default": []},
             "binds": {"type": "list", "elements": "path", "default": []},
             "environment": {"type": "dict", "default": {}},
+            "memory": {"type": "str", "default": ""},
             "user": {"type": "str", "default": "ops"},
             "authorized_key": {"type": "str", "default": "", "no_log": False},
             "distribution": {"type": "str", "default": ""},

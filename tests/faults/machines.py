@@ -55,12 +55,12 @@ class Machine:
     def __init__(self, number, place):
         self.place = place
         self.name, self.address = f"{place.prefix}{number + 1}", f"{place.subnet}.{number + 11}"
-        self.machine = nspawn.machine_name(self.name, place.bridge)
+        self.machine = nspawn.machine_name(self.name, str(place.nodes))
         self.directory = str(place.nodes / self.name / "root")
 
     def leader(self):
         """This host's id of the node's first process, 0 while it is off."""
-        return nspawn.leader(self.machine, self.directory)
+        return nspawn.leader(self.directory)
 
     def shell(self, command, check=True, timeout=60):
         """A command as root inside, without the network."""

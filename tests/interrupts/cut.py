@@ -61,11 +61,10 @@ class Node:
 
     def __init__(self, name):
         self.name = name
-        self.machine = nspawn.machine_name(name, BRIDGE)
         self.folder = LAB / ".state" / "nodes" / name / "root"
 
     def leader(self):
-        return nspawn.leader(self.machine, str(self.folder))
+        return nspawn.leader(str(self.folder))
 
     def shell(self, command, check=True):
         """A command as root inside; its output."""

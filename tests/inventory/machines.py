@@ -53,7 +53,7 @@ def lab(state):
 
 def shell(name, command):
     """A command as root on a node, without the network; its output."""
-    leader = nspawn.leader(nspawn.machine_name(name, BRIDGE), str(LAB / ".state" / "nodes" / name / "root"))
+    leader = nspawn.leader(str(LAB / ".state" / "nodes" / name / "root"))
     assert leader, f"{name} is off"
     done = subprocess.run(
         ["nsenter", "--target", str(leader), "--mount", "--uts", "--ipc", "--net", "--pid", "--", "/bin/sh", "-c", command],

@@ -38,6 +38,11 @@ class Clone:
             assert old in text
             path.write_text(text.replace(old, new))
 
+    def lab_variables(self, text: str) -> None:
+        """Add variables to the inventory of the lab."""
+        with (self.folder / "inventories" / "lab" / "group_vars" / "all.yml").open("a") as stream:
+            stream.write(text)
+
     def run(self, *words: str, check: bool = True, seconds: float = 900) -> subprocess.CompletedProcess[str]:
         """Type a command; without a Python environment of somebody else's."""
         environment = {name: value for name, value in os.environ.items() if name not in ("VENV", "VIRTUAL_ENV", "ANSIBLE_CONFIG")}

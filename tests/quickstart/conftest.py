@@ -15,5 +15,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Clone]:
     """Return the clone; its lab is gone afterwards, whatever happened."""
     made = Clone(tmp_path_factory.mktemp("newcomer"))
     made.make()
+    made.lab_variables("lab_take_over: true\n")  # a killed run may have left the lab of an earlier clone
     yield made
     made.run("make", "clean", check=False)

@@ -60,7 +60,7 @@ class SystemdHost:
 
     def run(self, *words: str, check: bool = True, seconds: float = 300) -> str:
         """Type a command on the machine, in the shared folder; its output."""
-        leader = nspawn.leader(MACHINE, str(self.root))
+        leader = nspawn.leader(str(self.root))
         if not leader:
             assert not check, f"{MACHINE} is off"
             return ""
@@ -79,11 +79,11 @@ class SystemdHost:
 
     def remove(self) -> None:
         """End the machine with all that runs on it."""
-        for pid in nspawn.processes(MACHINE, str(self.root)):
+        for pid in nspawn.processes(str(self.root)):
             os.kill(pid, signal.SIGKILL)
         for group in ("/sys/fs/cgroup", "/sys/fs/cgroup/unified"):
             with contextlib.suppress(OSError):
-                Path(group, "onprem-lab", MACHINE, "cgroup.kill").write_text("1", encoding="ascii")
+                Path(group, nspawn.GROUPS, "alone", MACHINE, "cgroup.kill").write_text("1", encoding="ascii")
         for path in (str(self.root), str(self.place)):
             while nspawn.mounted(path):
                 subprocess.run(["umount", "--lazy", path], check=True)

@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from clone import BRIDGE, NODES, Clone
+from clone import NODES, Clone
 from systemd_host import SystemdHost, nspawn
 from test_quickstart import leftovers, wait
 
@@ -16,7 +16,8 @@ from test_quickstart import leftovers, wait
 def test_nodes_reboot_lose_power_come_back_and_go(clone: Clone, tmp_path: Path):
     clone.run("make", "lab")
     clone.run("make", "clean")
-    units = {node: nspawn.unit_name(nspawn.machine_name(node, BRIDGE)) for node in NODES}
+    nodes = clone.folder / "inventories" / "lab" / ".state" / "nodes"
+    units = {node: nspawn.unit_name(nspawn.machine_name(node, str(nodes))) for node in NODES}
     with SystemdHost(tmp_path, clone.folder) as host:
         host.run("make", "lab")
         assert host.units() == sorted(units.values())
@@ -26,8 +27,8 @@ def test_nodes_reboot_lose_power_come_back_and_go(clone: Clone, tmp_path: Path):
         wait(lambda: clone.shell("lab1", "stat --format=%Z /proc/1", check=False) not in ("", booted), 60, "the reboot of lab1")
         assert host.run("systemctl", "show", "--value", "--property=NRestarts", units["lab1"]).strip() == "1"
 
-        state = clone.folder / "inventories" / "lab" / ".state" / "nodes" / "lab2"
-        for pid in nspawn.processes(nspawn.machine_name("lab2", BRIDGE), str(state / "root")):
+        state = nodes / "lab2"
+        for pid in nspawn.processes(str(state / "root")):
             os.kill(pid, signal.SIGKILL)
         wait(lambda: host.units() == [units["lab1"]], 10, "the end of lab2's unit")
         assert "Reached target" in (state / "console.log").read_text(encoding="utf-8", errors="replace")

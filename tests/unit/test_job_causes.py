@@ -29,6 +29,18 @@ def test_a_kernel_that_killed_for_memory_explains_the_signal():
     assert found["meaning"] == [job_causes.CURES["out of memory"]]
 
 
+def test_a_limit_of_memory_is_named_and_told_from_a_node_that_is_full():
+    line = OOM.replace("Out of memory", "Memory cgroup out of memory")
+    found = job_causes.explain({"n2": info(cause(), line)})
+    assert found["sentence"].startswith("first on n2: the kernel ended a process because a limit of memory was reached: Memory cgroup")
+    assert found["meaning"][0] == job_causes.CURES["memory limit"]
+    text = "n2: the kernel killed 1 process(es) of the job for memory, of which the unit may use 0.50 GiB (torchrun_memory_max)"
+    for kernel in (line, ""):
+        found = job_causes.explain({"n2": info(cause(reason="out of memory", text=text), kernel)})
+        assert found["sentence"] == f"first on {text}"
+        assert found["meaning"] == [job_causes.CURES["memory limit"]]
+
+
 def test_a_gpu_fault_on_another_node_just_before_is_the_cause():
     told = cause(reason="hang", text="n2: hang: no output")
     found = job_causes.explain({"n2": info(told), "n3": info(told, XID)})

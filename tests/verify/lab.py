@@ -46,11 +46,11 @@ class Node:
 
     def __init__(self, name, address, bridge, nodes, port=PORT):
         self.name, self.address, self.bridge, self.nodes, self.port = name, address, bridge, nodes, port
-        self.machine = nspawn.machine_name(name, bridge)
+        self.machine = nspawn.machine_name(name, str(nodes))
 
     def shell(self, command, check=True, timeout=60):
         """A command as root inside, without the network."""
-        leader = nspawn.leader(self.machine, str(self.nodes / self.name / "root"))
+        leader = nspawn.leader(str(self.nodes / self.name / "root"))
         if not leader:
             raise RuntimeError(f"{self.name} is off")
         return run("nsenter", "--target", leader, "--mount", "--uts", "--ipc", "--net", "--pid", "--", "/bin/sh", "-c", command,

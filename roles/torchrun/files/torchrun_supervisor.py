@@ -969,6 +969,14 @@ class CgroupTree:
         except (OSError, ValueError):
             return 0
 
+    def memory_limit(self) -> str:
+        """What the unit may use, for a sentence; empty where it has no limit."""
+        try:
+            with open(os.path.join(self.unit, "memory.max"), encoding="ascii") as file:
+                return f", of which the unit may use {int(file.read()) / 2 ** 30:.2f} GiB (torchrun_memory_max)"
+        except (OSError, ValueError):
+            return ""
+
 
 class MarkedTree:
     """The same without a delegated cgroup: processes are found by a marker in their environment."""
@@ -996,6 +1004,9 @@ class MarkedTree:
 
     def oom_kills(self) -> int:
         return 0
+
+    def memory_limit(self) -> str:
+        return ""
 
 
 def kill_each(pids: Iterable[int]) -> None:
@@ -1207,7 +1218,7 @@ class Torchrun:
             cause.update(error=self.start_error, own=True)
         oom = self.tree.oom_kills() - self.oom_before
         if oom > 0:
-            text = f"the kernel killed {oom} process(es) of the job for memory"
+            text = f"the kernel killed {oom} process(es) of the job for memory{self.tree.memory_limit()}"
             cause.update(reason="out of memory", own=True, echo=False,
                          error=f"{text}; {cause['error']}" if cause["error"] else text)
         xids = gpu_faults(self.started)
