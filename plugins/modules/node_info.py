@@ -46,7 +46,7 @@ options:
     type: str
     default: ""
   job:
-    description: Name of the job, for its place at its last start.
+    description: Name of the job, for its place at its last start, and for the run that is at work for it.
     type: str
     default: ""
   job_root:
@@ -75,10 +75,6 @@ options:
       - What the run does, such as C(train). The node is taken for the run before it is looked at, unless another run has it;
         M(onprem.torch.cluster_run) settles that.
       - Empty for a look that takes nothing. In check mode, and with C(delegate_to), nothing is taken either.
-    type: str
-    default: ""
-  job:
-    description: Name of the job that the run does it for.
     type: str
     default: ""
   run:
@@ -307,7 +303,6 @@ def main() -> None:
             "packages": {"type": "list", "elements": "str", "default": []},
             "python": {"type": "str", "default": "/usr/bin/python3"},
             "verb": {"type": "str", "default": ""},
-            "job": {"type": "str", "default": ""},
             "run": {"type": "dict", "default": {}},
         },
         supports_check_mode=True,

@@ -9,10 +9,6 @@ DOCUMENTATION = r"""
 module: nvidia_packages
 short_description: Keep a set of packages of NVIDIA's apt repository at one exact version
 version_added: 0.1.0
-  run:
-    description: The run that this is done for, which must still hold the node; set by the action plugin.
-    type: dict
-    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 description:
@@ -22,6 +18,10 @@ description:
   - Finishes what an interrupted dpkg left half done first.
   - Nothing is installed unless apt's simulation works, removes no foreign package, and the disk has room.
 options:
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
   settings:
     description: The state.
     type: dict

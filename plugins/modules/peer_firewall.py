@@ -9,10 +9,6 @@ DOCUMENTATION = r"""
 module: peer_firewall
 short_description: Let a job's peers through a node's firewall, and only them
 version_added: "0.1.0"
-  run:
-    description: The run that this is done for, which must still hold the node; set by the action plugin.
-    type: dict
-    default: {}
 author:
   - The onprem.torch maintainers (@onprem-torch)
 description:
@@ -26,6 +22,10 @@ description:
     of the same name opens right after the change.
   - Never enables or disables a firewall, and never changes a rule that it did not make.
 options:
+  run:
+    description: The run that this is done for, which must still hold the node; set by the action plugin.
+    type: dict
+    default: {}
   state:
     description:
       - V(present) makes the rules hold, V(absent) removes this job's (and with the last job everything the module made).

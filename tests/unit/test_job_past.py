@@ -53,7 +53,7 @@ def test_states_of_supervisors_are_read_as_hostile_input(node):
     assert look(node)["state"] == "missing"
     newest = {"path": str(job / "old/a/step-3.pt"), "time": 3.0}
     good = {
-        "host": "n1", "rank": 1, "release": "r", "result": "done", "checkpoint": None, "checkpoint_hosts": ["n0"],
+        "state": "done", "host": "n1", "rank": 1, "release": "r", "result": "done", "checkpoint": None, "checkpoint_hosts": ["n0"],
         "checkpoints": {"0": {**newest, "host": "n0"}}, "members": {"0": {"host": "n0", "checkpoint": newest}, "1": {"host": None, "checkpoint": None}},
     }  # fmt: skip
     state.write_text(json.dumps(good))
