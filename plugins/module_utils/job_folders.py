@@ -26,7 +26,7 @@ import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, launch, safe_files, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import environment, folder_acl, hostile_input, launch, safe_files, source_tree
 
 RECORD = "release.json"
 HISTORY = "history.json"
@@ -118,31 +118,21 @@ def stage(
             where = f"{remote}, as {who.name} reads it, " if remote else "the source "
             raise source_tree.SourceError(f"{where}has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")
         environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
-        shield(partial, who)
+        folder_acl.let_in(partial, who.uid, who.gid)
         os.sync()
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
 
 
-def shield(folder: str, who: safe_files.Account) -> bool:
-    """Let only root and the job's user into a release, which may hold a project's secrets; return whether that was news."""
-    found = os.stat(folder)
-    if (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, who.gid, 0o750):
-        return False
-    os.chown(folder, 0, who.gid)
-    os.chmod(folder, 0o750)
-    return True
-
-
 def shield_all(root: str, who: safe_files.Account, look: bool) -> bool:
-    """Do so with the releases that earlier versions have staged, or another user has run; return whether there were some."""
+    """Let only root and the job's user into releases of earlier versions, or of another user; return whether there were some."""
     try:
         with opened_releases(root) as releases:
             folders = [entry.path for entry in os.scandir(releases) if entry.is_dir(follow_symlinks=False)]
-            open_ones = [path for path in folders if (os.stat(path).st_gid, os.stat(path).st_mode & 0o7777) != (who.gid, 0o750)]
+            open_ones = [path for path in folders if not folder_acl.only_lets_in(path, who.uid, who.gid)]
             if not look:
                 for path in open_ones:
-                    shield(path, who)
+                    folder_acl.let_in(path, who.uid, who.gid)
             return bool(open_ones)
     except FileNotFoundError:
         return False

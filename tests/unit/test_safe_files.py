@@ -326,9 +326,10 @@ def test_a_release_is_for_root_and_the_jobs_user_alone(roots_place, tmp_path):
     release = f"{roots_place}/releases/abc"
     assert safe_files.as_user(ALICE, lambda: open(f"{release}/source/.env").read()) == "TOKEN=planted"
     assert os.access(f"{release}/source/run.sh", os.X_OK)
-    stranger = safe_files.Account("bob", 65533, 65533, (65533,))
-    with pytest.raises(PermissionError):
-        safe_files.as_user(stranger, lambda: os.listdir(release))
+    colleague = safe_files.Account("bob", 65533, ALICE.gid, ALICE.groups)  # at many sites all share one primary group
+    for path in (release, f"{release}/source/.env"):
+        with pytest.raises(PermissionError):
+            safe_files.as_user(colleague, lambda path=path: os.listdir(path) if path == release else open(path).read())
     os.chmod(release, 0o755)
     assert job_folders.shield_all(roots_place, ALICE, True) and os.stat(release).st_mode & 0o777 == 0o755
     assert job_folders.shield_all(roots_place, ALICE, False) and os.stat(release).st_mode & 0o777 == 0o750

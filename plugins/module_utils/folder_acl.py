@@ -1,0 +1,59 @@
+# Copyright: Contributors to the onprem.torch project
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A folder of root's that one user may enter and nobody else.
+
+The user's primary group is no help: at many sites all people share one. An access control list names the user itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+# The extended attribute and its layout: linux/posix_acl_xattr.h, with the tags of linux/posix_acl.h.
+ATTRIBUTE = "system.posix_acl_access"
+VERSION = 2
+USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+READ_ENTER, ALL = 0o5, 0o7
+NO_ID = 0xFFFFFFFF
+# File systems without access control lists.
+LACKING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+
+
+def entries(uid: int) -> bytes:
+    """Return the list: root may do all, the user may look, and nobody else is let in."""
+    wanted = ((USER_OBJ, ALL, NO_ID), (USER, READ_ENTER, uid), (GROUP_OBJ, 0, NO_ID), (MASK, READ_ENTER, NO_ID), (OTHER, 0, NO_ID))
+    return struct.pack("<I", VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in wanted)
+
+
+def only_lets_in(folder: str, uid: int, gid: int) -> bool:
+    """Return whether root and this user alone can enter a folder of root's.
+
+    Args:
+        folder: the folder.
+        uid: the user.
+        gid: its primary group, which is let in where the file system has no access control lists.
+    """
+    found = os.stat(folder)
+    try:
+        there = os.getxattr(folder, ATTRIBUTE)
+    except OSError:
+        there = b""
+    if there:
+        return found.st_uid == 0 and there == entries(uid)
+    return (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (0, gid, 0o750)
+
+
+def let_in(folder: str, uid: int, gid: int) -> None:
+    """Let only root and this user into a folder; see only_lets_in."""
+    os.chmod(folder, 0o700)
+    os.chown(folder, 0, 0)
+    try:
+        os.setxattr(folder, ATTRIBUTE, entries(uid))
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        os.chown(folder, 0, gid)
+        os.chmod(folder, 0o750)
