@@ -52,7 +52,7 @@ def node(cut):
 
 def play(path, *options):
     return subprocess.Popen([sys.executable, "-m", "ansible", "playbook", str(path), "-i", LAB, *options],
-                            cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            cwd=ROOT, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def ended(process, code=None):
@@ -60,6 +60,16 @@ def ended(process, code=None):
     output, _nothing = process.communicate(timeout=400)
     assert code is None or process.returncode == code, output[-6000:]
     return output
+
+
+def says(process, words):
+    """Wait until a run says something; it is left to run on."""
+    told = ""
+    for line in process.stdout:
+        told += line
+        if words in line:
+            return
+    raise AssertionError(told[-6000:])
 
 
 def when(condition, what, process=None):
@@ -120,11 +130,10 @@ def test_of_two_runs_one_is_refused_or_waits_and_a_stop_interrupts(cut, node, tm
     assert node.shell(f"cat {LEASE}") == lease, "the first run was disturbed"
 
     second = play(tmp_path / "holds.yml", "-e", f"go={ROOT}/README.md", "-e", "cluster_wait=300")
-    time.sleep(1)
+    says(second, "waiting up to")
     stop = ended(play("playbooks/stop.yml"), 0)
     assert "(provision of the job train, process" in stop and "is interrupted" in stop, stop[-3000:]
-    waited = ended(second, 0)
-    assert "waiting up to" in waited, waited[-3000:]
+    ended(second, 0)
     assert not any(each.shell(f"test -s {LEASE} && echo yes || true") for each in cut.nodes), "the cluster was not given back"
 
     # The first run goes on, late; the job was started since.
