@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import time
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, journal
@@ -23,6 +24,9 @@ KERNEL = (
 )
 AT_MOST = 40  # events of the kernel, newest
 MOST_REPORTS = 200  # of a run, newest
+REPORT_BYTES = 256 << 10  # torch's are a few KiB
+# For all reports together: the job may have written many, each of which takes long to read.
+REPORT_SECONDS = 10.0
 STAMPED = re.compile(r"^(\d+\.\d+) \S+ ([^:]+): (.*)$")
 
 
@@ -58,11 +62,14 @@ def error_files(log_dir: str, runs: int = 4) -> list[dict[str, t.Any]]:
     torchrun writes them to LOG_DIR/RUN/attempt_N/LOCAL_RANK/error.json. The folder is the job's own, so what lies there
     need not be torchrun's, and need not be few.
     """
+    deadline = time.monotonic() + REPORT_SECONDS
     folders = [entry for entry in hostile_input.find(log_dir, "*") if entry.folder]
     found = []
-    for folder in sorted(folders, key=lambda entry: entry.modified)[-runs:]:
-        reports = hostile_input.find(log_dir, f"{glob.escape(folder.path)}/**/error.json")
-        for entry in sorted(reports, key=lambda entry: entry.modified)[-MOST_REPORTS:]:
+    for folder in sorted(folders, key=lambda entry: -entry.modified)[:runs]:
+        reports = hostile_input.find(log_dir, f"{glob.escape(folder.path)}/**/error.json", seconds=REPORT_SECONDS / runs)
+        for entry in sorted(reports, key=lambda entry: -entry.modified)[:MOST_REPORTS]:
+            if time.monotonic() > deadline:
+                break
             report = error_report(log_dir, entry)
             if report:
                 local_rank = os.path.basename(os.path.dirname(entry.path))
@@ -75,7 +82,7 @@ def error_files(log_dir: str, runs: int = 4) -> list[dict[str, t.Any]]:
 def error_report(log_dir: str, entry: hostile_input.Found) -> dict[str, t.Any]:
     """Return time and message of one error.json, empty where it holds none."""
     try:
-        content = hostile_input.parse_json(hostile_input.read_text(log_dir, entry.path))
+        content = hostile_input.parse_json(hostile_input.read_text(log_dir, entry.path, REPORT_BYTES))
     except hostile_input.Odd:
         return {}
     message = content.get("message") if isinstance(content, dict) else None

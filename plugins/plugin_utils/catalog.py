@@ -52,6 +52,22 @@ def load(loader: t.Any, roles: t.Collection[str] = ()) -> Catalog:
             defaults.update(loader.load_from_file(path, trusted_as_template=True) or {})
     return Catalog(specs, defaults)
 
+# What is no secret on a node, whatever the inventory makes of it.
+SEEN_ON_NODES = (
+    "torchrun_job",
+    "torchrun_user",
+    "torchrun_root",
+    "torchrun_log_root",
+    "torchrun_checkpoint_dir",
+    "torchrun_checkpoint_glob",
+    "torchrun_data_paths",
+    "torchrun_source",
+    "torchrun_script",
+    "pytorch_root",
+    "pytorch_environment",
+    "pytorch_python",
+)
+
 
 class Reader:
     """Reads the values that hosts have for the catalog's variables, each on its own, so that one bad value hides no other."""
@@ -108,6 +124,13 @@ class Reader:
         if hidden and vaulted.shown_by(raw, "torchrun_args", values.get("torchrun_args") or []):
             text = "torchrun_args holds a vaulted value, but everybody on a node sees the arguments of its processes"
             problems.append(Problem(name, "torchrun_args", text, "hand it over in torchrun_environment"))
+        alone = vaulted.by_themselves({key: value for key, value in raw.items() if not key.startswith(vaulted.NOT_THE_USERS)})
+        for variable in SEEN_ON_NODES:
+            value = values.get(variable)
+            if alone and value and vaulted.among(alone, value if isinstance(value, list) else [value]):
+                text = f"{variable} holds a vaulted value, but everybody on a node sees the names of its users, jobs and files"
+                problems.append(Problem(name, variable, text, "write it down as it is"))
+                values[variable] = None  # so that no node is asked for it
         for variable in URLS:
             if values.get(variable):
                 values[variable] = without_credentials(values[variable])

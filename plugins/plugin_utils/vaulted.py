@@ -58,12 +58,18 @@ def shown_by(raw: t.Mapping[str, t.Any], variable: str, words: t.Sequence[t.Any]
 
     A plain list that stands in an encrypted file beside others is no secret for that alone.
     """
-    secrets = of_host({name: value for name, value in raw.items() if name != variable}) | by_themselves(raw.get(variable))
+    return among(of_host({name: value for name, value in raw.items() if name != variable}) | by_themselves(raw.get(variable)), words)
+
+
+def among(secrets: t.Iterable[str], words: t.Sequence[t.Any]) -> bool:
+    """Return whether a word is a secret, or holds one that is long enough to be told from other text."""
     return any(secret == str(word) or (len(secret) >= SHORT and secret in str(word)) for secret in secrets if len(secret) > 3 for word in words)
 
 
 def by_themselves(value: t.Any) -> set[str]:
-    """Return the plain texts of what is encrypted by itself in a value."""
+    """Return the plain texts of what is encrypted by itself in a value, not as a part of its file."""
+    if isinstance(value, dict):
+        return set().union(*(by_themselves(entry) for entry in value.values()))
     if isinstance(value, (list, tuple)):
         return set().union(*(by_themselves(entry) for entry in value))
     return texts(value) if isinstance(value, EncryptedString) else set()

@@ -115,6 +115,6 @@ def test_a_verification_writes_over_nothing(victims):
     assert watched(first) == before
     assert first.shell("ls -d /run/nccl-verify 2>/dev/null || true") == ""
     releases = first.shell(f"stat -c '%U %G %a' {job.root}/releases/*/").split("\n")
-    assert {line for line in releases if line} == {"root torchrun 750"}
+    assert {line for line in releases if line} == {"root root 750"}
     assert set(first.shell(f"stat -c '%U %a' {job.root}/releases/*/unit").splitlines()) == {"root 600"}
     job.playbook("playbooks/start.yml")

@@ -45,7 +45,7 @@ def test_a_restart_of_units_is_no_stop(training):
 def test_needrestart_after_a_package_update(training):
     """The real package, with our file and without it."""
     job, machine = training, training.machines[1]
-    machine.shell("DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get install -y needrestart >/dev/null 2>&1", timeout=300)
+    machine.shell("apt-get update 2>&1 && DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get install -y needrestart 2>&1", timeout=300)
     before, pid = job.state()["generation"], machine.pid("supervisor")
     told = machine.shell(UPDATE, timeout=300)
     assert machine.pid("supervisor") == pid and job.state()["generation"] == before, told

@@ -3,14 +3,17 @@
 """Two nodes, runs of train.yml that are killed, and what must hold whenever one was."""
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -19,6 +22,10 @@ LAB = HERE / "inventory"
 BRIDGE, NAMES = "onpremI1", ("cut1", "cut2")
 JOB, UNIT = "/var/lib/torchrun/train", "torchrun-train.service"
 ENVIRONMENT = {**{key: value for key, value in os.environ.items() if key != "ANSIBLE_FORCE_COLOR"}, "ANSIBLE_NOCOLOR": "1"}
+# Connections of these runs alone, so that they can die with a run. Short: the path of a socket has 108 bytes.
+SOCKETS = tempfile.mkdtemp(prefix="cut")
+atexit.register(shutil.rmtree, SOCKETS, True)
+ENVIRONMENT["ANSIBLE_SSH_CONTROL_PATH_DIR"] = SOCKETS
 FOREVER = 10 ** 9
 
 
@@ -30,6 +37,18 @@ def _nspawn():
 
 
 nspawn = _nspawn()
+
+
+def masters():
+    """The ssh processes that hold the connections; they outlive a run, but not the machine that it ran on."""
+    found = set()
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and SOCKETS.encode() in pathlib.Path(f"/proc/{entry}/cmdline").read_bytes():
+                found.add(int(entry))
+        except OSError:
+            continue
+    return found
 
 
 def family(roots):
@@ -151,7 +170,7 @@ class Cut:
         while more := family([process.pid]) - found:
             send(more, signal.SIGSTOP)
             found |= more
-        send(found, signal.SIGKILL)
+        send(found | masters(), signal.SIGKILL)
         process.communicate()
 
     def kill_main(self, process):

@@ -368,3 +368,19 @@ def test_a_report_of_problems_is_harmless():
 def test_a_process_whose_name_has_commas_still_holds_its_gpu():
     (found,) = job_evidence.gpu_processes("GPU-1, 77, /tmp/a, 1, 5 MiB, b, 1024 MiB\n", lambda _pid: "")
     assert (found["pid"], found["used_mib"]) == (77, 1024)
+
+
+def test_many_slow_reports_of_a_job_hold_nobody_up(tmp_path, monkeypatch):
+    """Each takes long to parse: whatever was read until the time is up is told."""
+    monkeypatch.setattr(job_evidence, "REPORT_SECONDS", 0.5)
+    slow = "[" + ",".join(['"\\ud800"'] * 20_000) + "]"
+    for number in range(150):
+        folder = tmp_path / "run" / "attempt_0" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "error.json").write_text(slow)
+    whole = tmp_path / "run" / "attempt_0" / "150"
+    whole.mkdir()
+    (whole / "error.json").write_text('{"message": "ValueError: bad"}')
+    began = time.thread_time()
+    assert [report["text"] for report in job_evidence.error_files(str(tmp_path))] == ["ValueError: bad"]
+    assert time.thread_time() - began < 30

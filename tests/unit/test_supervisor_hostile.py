@@ -259,3 +259,18 @@ def test_a_command_starts_and_ends_among_odd_things(tmp_path, monkeypatch, odd):
     for command, code in (("true", 0), ("false", supervisor.EXIT_FAILED)):
         assert supervisor.main(["--job", "j", "--host", "lab1", "--node-rank", "0", "--nnodes", "1", "--state-dir", str(state), "--log-dir",
                                 str(logs), "--release", f"r-{command}", "--max-restarts", "0", "--", command]) == code
+
+
+NUMBERS = st.one_of(st.integers(0, 40), st.integers(-10**30, 10**30), st.just("x"))
+
+
+@settings(max_examples=200, deadline=None)
+@given(NUMBERS, NUMBERS, NUMBERS, st.sampled_from([1, -9, -15, 127]), st.text(max_size=60), st.floats(allow_nan=True))
+def test_a_cause_is_one_that_every_peer_takes_whatever_the_job_prints(rank, local, code, torchrun, words, moment):
+    tail = ["Failures:", f"rank : {rank} (local_rank: {local})", f"exitcode : {code}", words]
+    cause = dict(supervisor.cause_from(torchrun, {"message": words}, tail), time=moment)
+    made = supervisor.sendable(cause)
+    supervisor.check_report(dict(GOOD, exit={"generation": 1, "time": None, "code": torchrun, "ordered": False, "cause": made}))
+    assert made["time"] is None or made["time"] >= 0
+    if rank in range(40) and local in range(40) and isinstance(code, int) and abs(code) < 1000 and 0 <= moment < 1e9:
+        assert made["rank"] == rank, "a real report is believed"

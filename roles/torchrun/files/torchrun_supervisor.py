@@ -257,9 +257,10 @@ CAUSE_FIELDS: dict[str, Shape] = {
     "reason": WORD, "error": Maybe(SENTENCE), "time": Maybe(MOMENT), "exit_code": Maybe(CODE), "signal": Maybe(WORD),
     "rank": Maybe(COUNT), "local_rank": Maybe(COUNT), "own": Flag(), "echo": Flag()}
 NO_CAUSE: JSON = {"reason": "", "error": None, "time": None, "exit_code": None, "signal": None, "rank": None, "local_rank": None}
+OWN_CAUSE = Fields(CAUSE_FIELDS, ("reason",))
 SETTLED = Maybe(Fields({**CAUSE_FIELDS, "host": Maybe(NAME), "node_rank": Maybe(COUNT), "generation": COUNT, "charged": Flag(),
                         "text": SENTENCE}, ("reason", "generation", "text")))
-EXIT = Fields({"generation": COUNT, "time": Maybe(MOMENT), "code": CODE, "ordered": Flag(), "cause": Maybe(Fields(CAUSE_FIELDS, ("reason",)))},
+EXIT = Fields({"generation": COUNT, "time": Maybe(MOMENT), "code": CODE, "ordered": Flag(), "cause": Maybe(OWN_CAUSE)},
               ("generation", "code", "ordered", "cause"))
 REPORT_FIELDS: dict[str, Shape] = {
     "host": NAME, "nnodes": COUNT, "release": NAME, "phase": Text(choices=PHASES), "generation": COUNT, "exit": Maybe(EXIT),
@@ -1360,9 +1361,19 @@ def failures_in(text: str) -> list[dict[str, int]]:
         return []
     others, _title, root = report.partition("Root Cause (first observed failure)")
     found = []
-    for match in re.finditer(r"rank\s*: (\d+) \(local_rank: (\d+)\)\s*exitcode\s*: (-?\d+)", root + others):
+    # The job can print such a report too, so numbers that no rank and no process has are none.
+    for match in re.finditer(r"rank\s*: ([0-9]{1,7}) \(local_rank: ([0-9]{1,7})\)\s*exitcode\s*: (-?[0-9]{1,9})\b", root + others):
         found.append({"rank": int(match.group(1)), "local_rank": int(match.group(2)), "exitcode": int(match.group(3))})
     return found
+
+
+def sendable(cause: JSON) -> JSON:
+    """A cause as peers take it: what the job has had a hand in and has another shape is said to be unknown."""
+    try:
+        return check(cause, OWN_CAUSE)
+    except Odd as odd:
+        return {**NO_CAUSE, "reason": "exit", "error": f"not known, since {odd}", "time": time.time(), "own": bool(cause.get("own")),
+                "echo": False}
 
 
 def describe(cause: JSON) -> str:
@@ -1847,7 +1858,7 @@ class Supervisor:
         self.kill_at = None
         self.torchrun.close()
         code = self.torchrun.exit_code() or 0
-        cause = self.torchrun.cause() if code else None
+        cause = sendable(self.torchrun.cause()) if code else None
         if cause and self.clock:
             cause["time"] = min(max(0.0, cause["time"] + self.clock[1]), LAST_MOMENT)       # rank 0's clock
         self.member.ended(code, cause, now)
