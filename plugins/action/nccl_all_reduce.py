@@ -197,9 +197,17 @@ class ActionModule(ActionBase):
         verification = arguments["verification"]
         answers = collected(verification["order"], task_vars, arguments["variable"])
         store = verify_store.Store(verification["store"], verification["fingerprint"])
-        found = verify_result.assess(verification, answers, store.history(), time.time())
+        history, now = store.history(), time.time()
+
+        def judged(given: t.Mapping[str, t.Any]) -> tuple[dict[str, t.Any], str]:
+            found = verify_result.assess(verification, given, history, now)
+            page = verify_page.render(found)
+            verify_text.screen(found, {})
+            return found, page
+
+        found, page = verify_result.sound(verification["order"], answers, judged)
         entry = {key: found[key] for key in ("time", "verdict", "headline", "figures", "seconds")}
-        files = store.keep(entry, found, verify_page.render(found))
+        files = store.keep(entry, found, page)
         terminal.show(verify_text.screen(found, files))
         result = {"verdict": found["verdict"], "report": found, "files": files, "msg": found["headline"]}
         return {**result, "failed": arguments["fail"] and found["verdict"] == "fail"}

@@ -272,6 +272,7 @@ def set_aside(folder: str, pattern: str) -> int:
         return 0
     target = new_folder(os.path.join(folder, SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
     moved = 0
+    failure = None
     for name in names:
         try:
             os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
@@ -280,9 +281,11 @@ def set_aside(folder: str, pattern: str) -> int:
         except OSError as error:
             # Gone with a folder above it, or moved by another node.
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+                failure = failure or error  # the others go all the same
     if not moved:
         shutil.rmtree(target, ignore_errors=True)
+    if failure:
+        raise failure
     return moved
 
 
@@ -304,10 +307,14 @@ def end_marks(root: str) -> list[str]:
 
 
 def forget(root: str) -> None:
-    """Remove them. Runs as the job's user."""
+    """Remove them, or move away what is no file. Runs as the job's user."""
     for path in end_marks(root):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            os.rename(path, f"{path}.{os.urandom(4).hex()}")
 
 
 def finished(root: str, release: str) -> bool:
@@ -319,8 +326,5 @@ def finished(root: str, release: str) -> bool:
 def remove(root: str, name: str) -> None:
     """Remove an entry of the job's folder with all that is in it; links are removed, never followed."""
     with safe_files.pinned(root) as job:
-        path = os.path.join(job, name)
-        if os.path.islink(path) or not os.path.isdir(path):
-            os.unlink(path)
-        else:
-            shutil.rmtree(path)  # works with descriptors, so that a swapped folder is noticed
+        if not safe_files.remove_tree(job, name):
+            raise OSError(errno.ENOTEMPTY, "it cannot be removed while something writes there", os.path.join(root, name))

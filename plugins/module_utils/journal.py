@@ -94,8 +94,8 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str
     elif since:
         journal += f" --since={shlex.quote(since)}"
     else:
-        # The lines since this start of the unit, not those of earlier runs.
-        journal += f" _SYSTEMD_INVOCATION_ID=$(systemctl show --no-pager --property=InvocationID --value {name})"
+        # The lines since the last start of the unit, not those of earlier runs.
+        journal = f"i=$({invocation_command(name)}); {journal} _SYSTEMD_INVOCATION_ID=$i"
     parts = [
         f"systemctl show --no-pager --property=ActiveState --property=Result {name}",
         state_command(root),
@@ -103,6 +103,17 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str
         f"{journal} 2>/dev/null | head -n {AT_MOST} | head -c {MOST_BYTES}",
     ]
     return f"; echo; echo {MARK}; ".join(parts)
+
+
+def invocation_command(name: str) -> str:
+    """Return a shell command that prints the id of a unit's last start.
+
+    systemd forgets that of a unit that has ended, so it is then taken from the last line of one of the unit's processes: from
+    a field that only the journal itself writes (systemd.journal-fields(7)).
+    """
+    last = f"journalctl --quiet --no-pager --lines=1 --output=json --output-fields=_SYSTEMD_INVOCATION_ID _SYSTEMD_UNIT={name}"
+    field = "sed -n 's/.*\"_SYSTEMD_INVOCATION_ID\" *: *\"\\([0-9a-f]*\\)\".*/\\1/p'"
+    return f"i=$(systemctl show --no-pager --property=InvocationID --value {name}); echo ${{i:-$({last} 2>/dev/null | {field})}}"
 
 
 def newest_command(checkpoints: str) -> str:

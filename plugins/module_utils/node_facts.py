@@ -9,6 +9,7 @@ Nothing here writes, needs a driver or asks the network.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -17,11 +18,15 @@ import shlex
 import socket
 import struct
 import subprocess
+import time
 import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, safe_files, supervisor_state
 
 TCP_LISTEN = "0A"  # net/tcp_states.h: TCP_LISTEN = 10
+# For who holds the listening sockets: seconds in all, and descriptors of a process.
+OWNER_SECONDS = 3.0
+MOST_DESCRIPTORS = 4096
 
 
 def read_text(path: str, default: str = "") -> str:
@@ -76,16 +81,22 @@ def decode_address(text: str) -> tuple[str, int]:
     return socket.inet_ntop(family, packed), int(port, 16)
 
 
-def socket_owners(root: str = "/") -> dict[str, int]:
-    """Return the process of every socket inode that this user may see."""
+def socket_owners(inodes: t.Collection[str], root: str = "/") -> dict[str, int]:
+    """Return the processes that hold some socket inodes, as far as this user may see them and they are found in time.
+
+    Any user may have many processes with many descriptors each, so the look ends with the last socket or after a while.
+    """
     owners: dict[str, int] = {}
-    for link in glob.iglob(os.path.join(root, "proc/[0-9]*/fd/*")):
-        try:
-            target = os.readlink(link)
-        except OSError:
-            continue  # the process ended while we looked
-        if target.startswith("socket:["):
-            owners[target[8:-1]] = int(link.split("/")[-3])
+    deadline = time.monotonic() + OWNER_SECONDS
+    wanted = set(inodes)
+    for process in sorted(glob.glob(os.path.join(root, "proc/[0-9]*")), key=lambda path: int(os.path.basename(path))):
+        with contextlib.suppress(OSError), os.scandir(os.path.join(process, "fd")) as entries:  # it may end while we look
+            for _number, entry in zip(range(MOST_DESCRIPTORS), entries):
+                target = os.readlink(entry.path)
+                if target.startswith("socket:[") and target[8:-1] in wanted:
+                    owners[target[8:-1]] = int(os.path.basename(process))
+        if len(owners) == len(wanted) or time.monotonic() > deadline:
+            break
     return owners
 
 
@@ -103,7 +114,7 @@ def listening(root: str = "/") -> list[dict[str, t.Any]]:
             words = line.split()
             if len(words) > 9 and words[3] == TCP_LISTEN:
                 found.append((*decode_address(words[1]), words[9]))
-    owners = socket_owners(root) if found else {}
+    owners = socket_owners({inode for _address, _port, inode in found}, root) if found else {}
     sockets = []
     for address, port, inode in sorted(set(found), key=lambda item: (item[1], item[0])):
         pid = owners.get(inode, 0)

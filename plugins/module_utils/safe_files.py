@@ -495,3 +495,27 @@ def probe_writing(folder: str) -> None:
     name = os.path.join(folder, f".onprem.torch-{os.getpid()}-{os.urandom(4).hex()}")
     os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
     os.unlink(name)
+
+
+def remove_tree(folder: str, name: str) -> bool:
+    """Remove an entry of a folder of root's with all that is in it, whatever others have made there; return whether all is gone.
+
+    Its name is free at once, so that what cannot be removed holds nobody up. rm follows no link, and unlike Python's rmtree
+    it goes to any depth (POSIX rm).
+
+    Args:
+        folder: the folder; may be one that ``pinned`` yields.
+        name: the entry.
+    """
+    away = f".{name}.{os.urandom(4).hex()}.removed"
+    leftovers = [entry for entry in os.listdir(folder) if entry.startswith(f".{name}.") and entry.endswith(".removed")]
+    try:
+        os.rename(os.path.join(folder, name), os.path.join(folder, away))
+        leftovers.append(away)
+    except FileNotFoundError:
+        pass
+    if not leftovers:
+        return True
+    command = ["rm", "-rf", "--one-file-system", "--", *(f"./{entry}" for entry in leftovers)]
+    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    return done.returncode == 0

@@ -14,6 +14,8 @@ from ansible_collections.onprem.torch.plugins.module_utils.bandwidth import Expe
 FIGURES = ("inside", "wire", "application")
 # Texts that a rank prints because another one has ended or is silent, so they name no cause of their own.
 CONSEQUENCES = frozenset({"peer_gone", "gloo_timeout", "refused", "store_timeout", "watchdog"})
+# What a judgement raises over a result of another shape.
+NONSENSE = (AttributeError, TypeError, LookupError, ValueError, ArithmeticError, RecursionError)
 
 
 def earlier(runs: t.Sequence[t.Mapping[str, t.Any]], name: str) -> baseline.Baseline:
@@ -115,6 +117,29 @@ def times(verification: t.Mapping[str, t.Any], results: t.Mapping[str, t.Mapping
             found["measurement"] = measured["seconds"]
             found["tournament"] = (measured["pairs"] or {}).get("seconds", 0.0) + (measured["inside_pairs"] or {}).get("seconds", 0.0)
     return found
+
+
+def sound(order: t.Sequence[str], answers: t.Mapping[str, t.Mapping[str, t.Any]], judged: t.Callable[[t.Mapping[str, t.Any]], t.Any]) -> t.Any:
+    """Return what comes of the answers, with results that no verifier writes taken for missing ones.
+
+    Results are written as the job's user, which may write anything. One that makes the judgement impossible is found by leaving
+    it out.
+
+    Args:
+        order: all hosts.
+        answers: what was collected from each host.
+        judged: makes the report and all that shows it.
+    """
+    try:
+        return judged(answers)
+    except NONSENSE as error:
+        reason = f"its result is not what a verifier writes ({type(error).__name__})"
+    for host in order:
+        try:
+            return judged({**answers, host: {"error": reason}})
+        except NONSENSE:
+            continue
+    return judged({host: {"error": reason} for host in order})
 
 
 def vanished(

@@ -275,11 +275,10 @@ files:
 
 import json
 import os
-import shutil
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, node_facts, node_lock, run_lease, safe_files, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import clean_module, environment, hostile_input, node_facts, node_lock, run_lease, safe_files, verify_config
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
@@ -351,11 +350,8 @@ class Verification:
         safe_files.make_folder(verify_config.RESULTS, who)
 
     def remove(self) -> None:
-        """Remove the folder, which lies in a folder of root's."""
-        if os.path.islink(self.folder):
-            os.unlink(self.folder)
-        elif os.path.isdir(self.folder):
-            shutil.rmtree(self.folder)
+        """Remove the folder, which lies in a folder of root's. What the job's user keeps alive in it is left aside."""
+        safe_files.remove_tree(os.path.dirname(self.folder), os.path.basename(self.folder))
 
     def started(self) -> dict[str, object]:
         """Start the transient unit; it waits for the other nodes by itself."""
@@ -411,7 +407,7 @@ class Verification:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = clean_module.CleanModule(
         argument_spec={
             "state": {
                 "type": "str",
@@ -465,7 +461,7 @@ def main() -> None:
             result = getattr(Verification(module), state)()
     except node_lock.Busy as error:
         module.fail_json(msg=f"the verification does not go on: {error}")
-    except (OSError, safe_files.Unsafe) as error:
+    except (OSError, RecursionError, safe_files.Unsafe) as error:
         module.fail_json(msg=f"{verify_config.FOLDER} cannot be used ({error}); remove it and verify again")
     module.exit_json(changed=False, **result)
 

@@ -159,6 +159,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import (
+    clean_module,
     environment,
     folder_access,
     hardware,
@@ -441,7 +442,7 @@ def provide_virtual(module: AnsibleModule) -> dict[str, t.Any]:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = clean_module.CleanModule(
         argument_spec={
             "source": {
                 "type": "str",

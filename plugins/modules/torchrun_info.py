@@ -107,7 +107,7 @@ info:
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, job_evidence, job_folders, journal, node_facts, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import clean_module, hostile_input, job_evidence, job_folders, journal, node_facts, supervisor_state
 
 PROPERTIES = ("LoadState", "ActiveState", "Result", "StateChangeTimestampMonotonic")
 # Step lines are looked for in so many of the journal's last lines.
@@ -141,7 +141,7 @@ def evidence(module: AnsibleModule) -> dict[str, object]:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = clean_module.CleanModule(
         argument_spec={
             "job": {"type": "str", "required": True},
             "root": {"type": "path", "required": True},

@@ -154,6 +154,7 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import (
+    clean_module,
     environment,
     job_folders,
     job_past,
@@ -396,10 +397,11 @@ class Node:
         self.changes += marks
         if self.module.check_mode:
             return
-        job_past.forget(self.params["job"])
         try:
             safe_files.as_user(who, lambda: job_folders.set_aside(folder, pattern), job_folders.SECONDS)
             safe_files.as_user(who, lambda: job_folders.forget(root))
+            # Last, since what could not be set aside is still the job's past.
+            job_past.forget(self.params["job"])
         except OSError as error:
             where = error.filename or folder
             self.module.fail_json(msg=f"{who.name} cannot set the checkpoints aside ({where}: {error.strerror}); let {who.name} write in {folder}")
@@ -461,7 +463,7 @@ class Node:
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = clean_module.CleanModule(
         argument_spec={
             "state": {"type": "str", "choices": ["present", "started", "rolled_back", "stopped", "fresh", "absent"], "default": "present"},
             "job": {"type": "str", "required": True},

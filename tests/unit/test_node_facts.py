@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -210,3 +211,24 @@ def test_paths_that_are_not_there_yet_are_on_the_file_system_above_them(tmp_path
     assert node_facts.file_system(str(tmp_path / "not/yet")) == above == os.stat(tmp_path).st_dev
     assert node_facts.free_bytes(str(tmp_path / "not/yet")) > 0
     assert node_facts.file_system("/proc/self") != above
+
+
+def test_a_user_with_many_descriptors_holds_no_look_up():
+    """20,000 of them, before the one that is asked for: they are not all read."""
+    code = "import os, resource, sys; n = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)); "
+    code += "[os.dup(1) for _ in range(min(n, 20_000) - 50)]; print('ready', flush=True); sys.stdin.read()"
+    crowd = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    try:
+        for process in crowd:
+            assert process.stdout.readline() == b"ready\n"
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            inode = os.fstat(server.fileno()).st_ino
+            seen, real = [], os.readlink
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "readlink", lambda path: seen.append(path) or real(path))
+                assert node_facts.socket_owners({str(inode)}) == {str(inode): os.getpid()}
+            for process in crowd:
+                assert len([path for path in seen if f"/{process.pid}/" in path]) <= node_facts.MOST_DESCRIPTORS
+    finally:
+        for process in crowd:
+            process.communicate()

@@ -53,7 +53,7 @@ def test_the_command_is_shell_that_runs():
 def test_no_pager_gets_between_a_node_with_a_terminal_and_us():
     words = f"{progress.command(JOB, '')}; {progress.command(JOB, 's=abc')}; {journal.command('torchrun-train.service', '/s', '')}"
     programs = re.findall(r"\b(?:systemctl|journalctl)\b[^;)]*", words)
-    assert len(programs) == 6 and all("--no-pager" in program for program in programs), programs
+    assert len(programs) == 10 and all("--no-pager" in program for program in programs), programs
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import stat
 import threading
 import time
@@ -459,3 +460,44 @@ def test_root_runs_nothing_that_others_can_change(alice, roots_place):
 def test_what_a_node_tells_is_json(alice, roots_place):
     for use in ("write", "own", "read", "run", "trust"):
         json.dumps(folder_access.look("torchrun_root", f"{roots_place}/a/b/c", use, "alice"))
+
+
+def test_a_tree_of_any_depth_is_removed_and_what_others_make_meanwhile_blocks_nobody(roots_place):
+    """3,000 folders deep, beyond what Python's rmtree bears; the user makes another one wherever it still can."""
+    os.makedirs(f"{roots_place}/run/x")
+
+    def spoil():
+        handle = os.open(f"{roots_place}/run/x", os.O_RDONLY)
+        for _depth in range(3000):
+            os.mkdir("d", dir_fd=handle)
+            inner = os.open("d", os.O_RDONLY, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        os.close(handle)
+
+    os.chown(f"{roots_place}/run/x", ALICE.uid, ALICE.gid)
+    safe_files.as_user(ALICE, spoil, 60)
+    os.symlink("/etc", f"{roots_place}/run/link")
+    assert safe_files.remove_tree(roots_place, "run") and os.listdir(roots_place) == [] and os.path.exists("/etc/passwd")
+    assert safe_files.remove_tree(roots_place, "run"), "what is not there is gone"
+    os.symlink("/etc", f"{roots_place}/run")
+    assert safe_files.remove_tree(roots_place, "run") and os.listdir(roots_place) == [] and os.path.exists("/etc/passwd")
+
+
+def test_a_name_that_cannot_be_moved_keeps_no_other_and_no_folder_stands_for_a_mark(roots_place):
+    tmp_path = pathlib.Path(roots_place)
+    folder, state = tmp_path / "checkpoints", tmp_path / "state"
+    for path in (folder / "a.pt", state / "done" / "x"):
+        path.mkdir(parents=True)
+    (folder / "a.pt" / "shard").write_text("")
+    for name in ("b.pt", "keep.txt"):
+        (folder / name).write_text("")
+    for path in (tmp_path, folder, state, *tmp_path.rglob("*")):
+        os.chown(path, ALICE.uid, ALICE.gid)
+    os.chmod(tmp_path, 0o755)
+    os.chmod(folder / "a.pt", 0o000)  # a folder is renamed by who may write in it
+    with pytest.raises(PermissionError):
+        safe_files.as_user(ALICE, lambda: job_folders.set_aside(str(folder), "*.pt"))
+    assert sorted(path.name for path in folder.iterdir() if "set-aside" not in path.name) == ["a.pt", "keep.txt"]
+    safe_files.as_user(ALICE, lambda: job_folders.forget(str(tmp_path)))
+    assert job_folders.end_marks(str(tmp_path)) == []

@@ -8,6 +8,8 @@ import re
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import verify_result, verify_text
 from ansible_collections.onprem.torch.plugins.plugin_utils import verify_page, verify_plots
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from verify_results import H100, IB, Run
 
 
@@ -310,3 +312,24 @@ def test_a_screen_that_does_not_fit_counts_the_rest():
         run.results[host]["preflight"]["versions"]["torch"] = f"2.{number}.1"
     lines = verify_text.screen(assess(run, measured=False), {"html": "x"})
     assert any("more in the report" in line for line in lines) and len(lines) <= 24
+
+
+NONSENSE = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+                        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["preflight", "measured", "errors", "lost", "outcome", "log", "host"]), NONSENSE)
+def test_a_result_of_any_shape_is_its_node_s_and_no_crash(key, value):
+    """Results are written as the job's user, which may write anything."""
+    run = Run(3)
+    answers = run.collected()
+    answers["n1"]["result"][key] = value
+
+    def judged(given):
+        report = verify_result.assess(run.verification(), given, [], 1.0)
+        return report, verify_page.render(report), verify_text.screen(report, {})
+
+    report, _page, _screen = verify_result.sound(run.order, answers, judged)
+    assert report["verdict"] in ("pass", "warn", "fail")
+    assert not any("not what a verifier writes" in sentence and not sentence.startswith("n1 ") for sentence in report["failures"])

@@ -293,6 +293,8 @@ class Anything(Shape):
 
 
 ERROR_JSON = Fields({"message": Anything()})
+# Reports of workers that are looked at: how many, their size (torch's are a few KiB) and seconds for all.
+MOST_REPORTS, REPORT_BYTES, REPORT_TIME = 16, 64 << 10, 1.0
 # How far beyond rank 0's own a node's generation may be to be gone on from, as after the loss of rank 0's state.
 PLAUSIBLE = 100000
 
@@ -1240,16 +1242,19 @@ class Torchrun:
         """torchrun's copy of the first error.json; where it came to no copy, the earliest of its workers'."""
         paths = [self.error_file]
         if self.log_dir:
-            runs = [run.path for run in find(self.log_dir, "*", seconds=1.0) if run.folder and run.modified >= self.started]
-            found = [entry for run in runs[:8] for entry in find(self.log_dir, f"{glob.escape(run)}/**/error.json", seconds=1.0)]
+            runs = [run.path for run in find(self.log_dir, "*", seconds=0.5) if run.folder and run.modified >= self.started]
+            found = [entry for run in runs[:2] for entry in find(self.log_dir, f"{glob.escape(run)}/**/error.json", seconds=0.5)]
             paths += [os.path.join(self.log_dir, entry.path) for entry in sorted(found, key=lambda entry: entry.modified)]
-        for path in paths:
-            report, odd = load(os.path.dirname(path), os.path.basename(path), ERROR_JSON)
-            if odd:
-                say(odd)
-            if report:
-                return path, report
-        return "", None
+        # The job may have written many, and the loop waits: what is found in a moment has to do.
+        deadline, first_odd, reason = time.monotonic() + REPORT_TIME, "", None
+        for path in paths[:MOST_REPORTS]:
+            reason, odd = load(os.path.dirname(path), os.path.basename(path), ERROR_JSON, REPORT_BYTES)
+            first_odd = first_odd or odd
+            if reason or time.monotonic() > deadline:
+                break
+        if first_odd:
+            say(first_odd)
+        return (path, reason) if reason else ("", None)
 
 
 def mtime(path: str) -> Optional[float]:
