@@ -17,7 +17,7 @@ export PATH=$PWD/${VENV:-.venv}/bin:$PATH
 export ANSIBLE_CONFIG=$PWD/ansible.cfg NO_COLOR=1
 
 # Tests have bridges and subnets of their own, which two runs cannot share. The lock ends with this shell; what it starts has none.
-exec 9>/run/lock/onprem-torch-test.lock
+exec 9>/run/onprem-torch-test.lock
 flock --nonblock 9 || {
     echo "test: another run of the tests is under way on this machine; wait for its end" >&2
     exit 2
@@ -26,7 +26,7 @@ flock --nonblock 9 || {
 # name: command. Those without nodes come first, since they are the quickest to tell.
 suites=(
     "lint: ansible-lint --offline && yamllint --strict . && antsibull-changelog lint"
-    "unit: pytest -q tests/unit"
+    "unit: pytest -q -n 2 tests/unit"
     "sanity: tools/sanity.sh"
     "collection: pytest -q tests/collection"
     "quickstart: pytest -q tests/quickstart"
@@ -37,7 +37,7 @@ suites=(
     "nvidia: pytest -q tests/nvidia"
     "verify: pytest -q tests/verify"
     "faults: pytest -q tests/faults"
-    "newest: tools/newest.sh 'pytest -q tests/unit && molecule test --scenario-name debian13'"
+    "newest: tools/newest.sh 'pytest -q -n 2 tests/unit && molecule test --scenario-name debian13'"
     "interrupts: pytest -q tests/interrupts"
 )
 

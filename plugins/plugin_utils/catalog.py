@@ -68,6 +68,9 @@ SEEN_ON_NODES = (
     "pytorch_python",
 )
 
+# Made for the command line, where -e name=true gives a text.
+FOR_ONE_RUN = ("cluster_take_over", "torchrun_accept_lost_progress")
+
 
 class Reader:
     """Reads the values that hosts have for the catalog's variables, each on its own, so that one bad value hides no other."""
@@ -180,6 +183,8 @@ class Reader:
             value = templar.template(value)
         except Exception as error:  # whatever a template or a secret raises, the user gets a sentence
             return None, unreadable(host, variable, error, self._catalog.specs[variable].get("no_log", False))
+        if variable in FOR_ONE_RUN and isinstance(value, str) and value.lower() in ("true", "false"):
+            value = value.lower() == "true"
         value, expected = checks.convert(given := value, self._catalog.specs[variable])
         if expected:
             what = checks.kind_of(given) if self._catalog.specs[variable].get("no_log") else checks.shown(given)

@@ -274,3 +274,22 @@ def test_a_cause_is_one_that_every_peer_takes_whatever_the_job_prints(rank, loca
     assert made["time"] is None or made["time"] >= 0
     if rank in range(40) and local in range(40) and isinstance(code, int) and abs(code) < 1000 and 0 <= moment < 1e9:
         assert made["rank"] == rank, "a real report is believed"
+
+
+def test_a_flood_of_strangers_pushes_out_its_own(tmp_path):
+    """A peer that has not spoken yet is not the one that goes when another address opens one connection after the other."""
+    made = one(tmp_path, 0)
+
+    def come(source):
+        near, far = socket.socketpair()
+        made.listener = type("Listener", (), {"accept": lambda _self: (near, source)})()
+        made.accept(time.monotonic())
+        made.links[near.fileno()].source = source
+        return near, far
+
+    peer = come("198.18.0.12")
+    crowd = [come("198.18.0.11") for _ in range(5 * made.STRANGERS)]
+    assert peer[0].fileno() in made.links and len(made.links) <= made.STRANGERS
+    for pair in (peer, *crowd):
+        for end in pair:
+            end.close()

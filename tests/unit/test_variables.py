@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import variables
-from builders import specification
+from builders import reader, specification
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,3 +92,11 @@ def test_other_peoples_variables_are_left_alone():
 
 def test_the_nearest_name_is_offered():
     assert variables.unknown_names(["torchrun_arg"], specification().specs) == {"torchrun_arg": "torchrun_args"}
+
+
+@pytest.mark.parametrize("name", ["cluster_take_over", "torchrun_accept_lost_progress"])
+def test_what_is_made_for_the_command_line_takes_the_text_that_it_gives(name):
+    for given, meant in (("true", True), ("False", False), (True, True)):
+        assert reader({"n1": {name: given}}).value("n1", name) is meant
+    problems = reader({"n1": {name: "maybe"}}).host("n1")[1]
+    assert [problem.variable for problem in problems] == [name]

@@ -1603,9 +1603,18 @@ class Link:
 
     def __init__(self, sock: socket.socket, session: Session, now: float) -> None:
         self.sock, self.session, self.heard, self.since = sock, session, now, now
+        self.source = source_of(sock)
         self.number = 0                     # of the authenticated session, given by rank 0
         self.view: Optional[JSON] = None    # last view sent
         self.order: Optional[JSON] = None   # last order sent
+
+
+def source_of(sock: socket.socket) -> str:
+    """The address at the other end, empty where there is none yet."""
+    try:
+        return str(sock.getpeername()[0])
+    except (OSError, IndexError):
+        return ""
 
 
 def connected(sock: socket.socket) -> bool:
@@ -2009,9 +2018,11 @@ class Supervisor:
             sock, _address = self.listener.accept()
         except OSError:
             return
-        strangers = [link for link in self.links.values() if not link.number]
+        # Whoever has proved the secret is none. The oldest of the address that has most goes, so that a flood hits itself.
+        strangers = [link for link in self.links.values() if not link.number and not link.session.open]
         if len(strangers) >= self.STRANGERS:
-            self.drop(min(strangers, key=lambda link: link.since), "too many strangers", now)
+            crowd = collections.Counter(link.source for link in strangers)
+            self.drop(min(strangers, key=lambda link: (-crowd[link.source], link.since)), "too many strangers", now)
         self.add_link(sock, None, now)
 
     def received(self, link: Link, messages: list[JSON], now: float) -> None:
