@@ -40,7 +40,8 @@ build: setup ## Build the collection's tarball in build/
 bench: setup ## Measure: speed, verification, overhead, recovery (as root; PARTS="nochange scale" for some of them)
 	@python tests/bench/bench.py $(PARTS)
 
-soak: setup ## Random faults for MINUTES minutes, and train.yml killed at 20 random moments (as root)
+soak: setup ## New examples for the unit tests, random faults for MINUTES minutes, train.yml killed at 20 random moments (as root)
+	HYPOTHESIS_PROFILE=new pytest -q -n 2 tests/unit
 	python tests/soak.py $(MINUTES)
 	python tests/interrupts/soak.py
 

@@ -245,21 +245,24 @@ def what_was(seats: t.Sequence[Seat]) -> t.Optional[Past]:
     seen = {host for witness in witnesses for host in witness.seen}
     told = any(witness.state == "read" for witness in witnesses) or not any(witness.ran for witness in witnesses)
     had = []
+    candidates: dict[str, list[Checkpoint]] = {}
     for host, rank in ranks.items():
         place = places.get(host)
         heard = [entry for witness in witnesses for name, _rank, entry in witness.known if name == host]
-        known = [entry for entry in heard if entry.time > accepted]
+        # What was accepted as lost is not asked about again; but the files of a host that has left were what the job went on from.
+        known = [entry for entry in heard if entry.time > accepted or place is None]
         files = place.files if place else []
         if host in seen and not heard and place and not place.was:
             files = []  # installed anew: what lies there may be anything
-        newest = newest_of([*files, *known])
+        candidates[host] = [*files, *known]
         # Without what the supervisors wrote, anything may have been.
-        doubt = newest is None and ((host in seen and not heard) or not told)
-        had.append(Had(host, rank, place, newest, certain=not doubt))
-    written = any(entry.newest and entry.newest.time >= started for entry in had)
+        doubt = not candidates[host] and ((host in seen and not heard) or not told)
+        had.append(Had(host, rank, place, certain=not doubt))
+    written = any(entry.time >= started for found in candidates.values() for entry in found)
     for entry in had:
-        if written and entry.newest and entry.newest.time < started - TOLERANCE:
-            entry.newest = None  # left over from before: others have written since, and it has not
+        # Where anything was written since the start, what is older is left over from before: others have written, and it has not.
+        counting = [found for found in candidates[entry.host] if not written or found.time >= started - TOLERANCE]
+        entry.newest = newest_of(counting)
         if not written and accepted and accepted >= started - TOLERANCE:
             entry.certain = True  # a person has accepted the loss, and nothing has been written since
     return Past(had, nodes, started)
@@ -361,7 +364,8 @@ class Check:
     def covers_unknown(self, heir: Seat, had: Had) -> bool:
         """Return the same where nobody knows which checkpoint the rank had last."""
         newest = heir.newest
-        assert newest
+        if newest is None:
+            return False
         if self.best and not not_older(newest, self.best):
             return False
         return bool(self.alike) or heir is had.seat or newest.time >= self.past.started - TOLERANCE

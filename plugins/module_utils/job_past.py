@@ -26,6 +26,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import environment, h
 RECENT = 4
 END = 1 << 16
 
+
 def record_path(job: str, root: str = "/") -> str:
     """Return the path of the record of the last start."""
     return os.path.join(root, launch.SETTINGS.lstrip("/"), f"{job}.past.json")

@@ -217,6 +217,11 @@ def decoded(text: str) -> str:
         return ""
 
 
+def is_byte(value: t.Any) -> bool:
+    """Return whether a value is a number that a byte can have; true is a number to Python."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 256
+
+
 def message(value: t.Any) -> str:
     """Return the text of a journal's MESSAGE, which anyone in the unit can have written.
 
@@ -224,10 +229,10 @@ def message(value: t.Any) -> str:
     """
     if value is None:
         return "(a line of more than 4096 bytes; journalctl on the node shows it)"
-    if isinstance(value, list) and value and all(type(item) is int and 0 <= item < 256 for item in value):
+    if isinstance(value, list) and value and all(is_byte(item) for item in value):
         value = bytes(value).decode("utf-8", "replace")
     elif isinstance(value, list):
-        value = " ".join(message(item) for item in value[:10] if not isinstance(item, list) or all(type(byte) is int for byte in item))
+        value = " ".join(message(item) for item in value[:10] if not isinstance(item, list) or all(is_byte(byte) for byte in item))
     return hostile_input.printable(value, MOST_WIDTH) if isinstance(value, str) else ""
 
 

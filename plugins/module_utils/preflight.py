@@ -115,7 +115,8 @@ def versions(reports: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[dict[str, s
         usual, odd = odd_ones({host: values.get(key) for host, values in settings.items()})
         for host, value in odd.items():
             # The reports hold no values, which may be secrets.
-            text = f"{host} has {'no' if value is None else 'a' if usual is None else 'another'} {key}, the others have {'one' if value is None else 'none' if usual is None else 'the same'}"
+            has, others = ("no", "one") if value is None else ("a", "none") if usual is None else ("another", "the same")
+            text = f"{host} has {has} {key}, the others have {others}"
             text = f"{text}; set it the same everywhere"
             findings.append(finding("environment", "warn", host, "", text))
     return findings

@@ -243,9 +243,9 @@ def run_as(who: Account, command: t.Sequence[str], seconds: float, variables: t.
         )
     except OSError as error:
         return 127, "", error.strerror or str(error)
-    assert child.stdout and child.stderr
+    streams = [stream for stream in (child.stdout, child.stderr) if stream]
     try:
-        (output, errors), ended = _gather([child.stdout.fileno(), child.stderr.fileno()], seconds)
+        (output, errors), ended = _gather([stream.fileno() for stream in streams], seconds)
         if ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(5)
@@ -257,8 +257,8 @@ def run_as(who: Account, command: t.Sequence[str], seconds: float, variables: t.
             os.killpg(child.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(1)
-        child.stdout.close()
-        child.stderr.close()
+        for stream in streams:
+            stream.close()
     return status, output.decode(errors="replace"), errors.decode(errors="replace")
 
 

@@ -278,7 +278,16 @@ import os
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import clean_module, environment, hostile_input, node_facts, node_lock, run_lease, safe_files, verify_config
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    clean_module,
+    environment,
+    hostile_input,
+    node_facts,
+    node_lock,
+    run_lease,
+    safe_files,
+    verify_config,
+)
 
 NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2

@@ -52,6 +52,7 @@ def load(loader: t.Any, roles: t.Collection[str] = ()) -> Catalog:
             defaults.update(loader.load_from_file(path, trusted_as_template=True) or {})
     return Catalog(specs, defaults)
 
+
 # What is no secret on a node, whatever the inventory makes of it.
 SEEN_ON_NODES = (
     "torchrun_job",

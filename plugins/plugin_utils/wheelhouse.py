@@ -53,7 +53,7 @@ class Wanted(t.NamedTuple):
         return set().union(*(secret_texts.of_userinfo(userinfo) for userinfo in self.credentials.values()))
 
 
-def wanted_of(arguments: t.Mapping[str, t.Any], credentials: t.Mapping[str, str] = {}) -> Wanted:
+def wanted_of(arguments: t.Mapping[str, t.Any], credentials: t.Mapping[str, str] | None = None) -> Wanted:
     """Return what the control node downloads for the arguments of pytorch_environment.
 
     With the source C(index) the nodes fetch for themselves and get uv alone, which comes from the same index: a cluster with
@@ -61,7 +61,7 @@ def wanted_of(arguments: t.Mapping[str, t.Any], credentials: t.Mapping[str, str]
     """
     index = str(arguments.get("index_url") or "")
     if arguments.get("source", "wheelhouse") != "wheelhouse":
-        return Wanted((), arguments["platform"], index, credentials=credentials)
+        return Wanted((), arguments["platform"], index, credentials=credentials or {})
     return Wanted(
         tuple(arguments["requirements"]),
         arguments["platform"],
@@ -69,7 +69,7 @@ def wanted_of(arguments: t.Mapping[str, t.Any], credentials: t.Mapping[str, str]
         tuple(arguments.get("extra_index_urls") or []),
         tuple(arguments.get("constraints") or []),
         str(arguments.get("lock") or ""),
-        credentials,
+        credentials or {},
     )
 
 

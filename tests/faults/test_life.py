@@ -239,7 +239,8 @@ def test_a_spare_takes_over_the_rank_of_a_node_that_is_out(training, tmp_path):
     with pytest.raises(RuntimeError) as error:
         job.playbook("train.yml", "-i", str(out))
     text = " ".join(str(error.value).split())
-    assert re.search("fault5: it would take rank 3 from fault4, but the newest checkpoint step-[0-9]+.json of rank 3 in [^ ]+ lies on fault4, and it has none", text), text[-3000:]
+    sentence = "fault5: it would take rank 3 from fault4, but the newest checkpoint step-[0-9]+.json of rank 3 in [^ ]+ lies on fault4, and it has none"
+    assert re.search(sentence, text), text[-3000:]
     assert "changed=1" not in text, "it was refused after something had been changed"
     folder = f"{job.root}/checkpoints"
     job.machines[0].shell(f"rm -rf /mnt/shared/copy && cp -r {folder} /mnt/shared/copy")

@@ -1,5 +1,6 @@
 """Let unit tests import the collection from the checkout, as ansible itself does."""
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _AnsibleCollectionFinder(paths=[str(ROOT / ".collections")])._install()
 
-# A busy machine makes any example slow; that says nothing of the code.
-hypothesis.settings.register_profile("no-deadline", deadline=None)
-hypothesis.settings.load_profile("no-deadline")
+# A busy machine makes any example slow; that says nothing of the code. The same examples each time, so that a change is judged
+# by what it does; make soak looks for new ones (HYPOTHESIS_PROFILE=new).
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("new", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

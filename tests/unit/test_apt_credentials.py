@@ -51,7 +51,8 @@ def update(tmp_path):
         file = tmp_path / "auth/ours.conf"
         file.write_text(packages_source.auth_line(url, "bot", password))
         file.chmod(0o600)
-        done = subprocess.run(["apt-get", *words, "update"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+        environment = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        done = subprocess.run(["apt-get", *words, "update"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment)
         return done.stdout
 
     yield ask

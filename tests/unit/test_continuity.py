@@ -175,13 +175,17 @@ def test_what_is_accepted_goes_on_from_the_newest_checkpoint(kind, skews, first,
         elif what == "reinstall":
             cluster.reinstall(value)
         elif what == "copy":
-            cluster.copy(*value)
+            # Who writes one node's part over another's own has destroyed that one, and made both look like full copies.
+            if kind != "shards" or value[1] not in cluster.group:
+                cluster.copy(*value)
         elif what == "restart":
             cluster.restart(value)
             assert cluster.lost(value) == [], "restart is the way to begin anew"
             cluster.start(value)
         elif what == "accept":
             cluster.start(value, accepted=True)
+            # Until the job writes again, what was there before the acceptance is not asked about (docs/life.md).
+            cluster.run(1)
         elif any(cluster.machines[name].hosts == cluster.group for name in value):  # else nobody in it knows of the job
             problems = cluster.lost(value)
             event(f"{kind}: {'refused' if problems else 'accepted'}")

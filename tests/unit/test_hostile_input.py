@@ -209,7 +209,7 @@ def test_a_checked_value_has_its_shape_and_a_refused_one_a_sentence(value):
         return
     assert set(found) <= set(SHAPE.fields)
     assert len(found.get("text", "")) <= 10 and clean(found.get("text", ""))
-    assert type(found.get("generation", 0)) is int
+    assert isinstance(found.get("generation", 0), int)
     assert len(found.get("members", {})) <= 2
     assert found.get("cause") is None or set(found["cause"]) == {"host"}
 

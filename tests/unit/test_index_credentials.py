@@ -63,7 +63,12 @@ def failure(tmp_path, asked):
 def test_the_right_password_downloads_and_shows_nowhere(served, tmp_path, monkeypatch):
     seen = []
     run = wheelhouse.subprocess.run
-    monkeypatch.setattr(wheelhouse.subprocess, "run", lambda words, **options: (seen.append(words), run(words, **options))[1])
+
+    def watched(words, check=False, **options):
+        seen.append(words)
+        return run(words, check=check, **options)
+
+    monkeypatch.setattr(wheelhouse.subprocess, "run", watched)
     asked = wanted(f"http://{USERINFO}@{served}/simple", "onpremexample")
     folder, wheels = wheelhouse.provide(str(tmp_path / "house"), asked)
     assert "onpremexample-2.0-py3-none-any.whl" in wheels

@@ -217,7 +217,7 @@ def test_a_user_with_many_descriptors_holds_no_look_up():
     """20,000 of them, before the one that is asked for: they are not all read."""
     code = "import os, resource, sys; n = resource.getrlimit(resource.RLIMIT_NOFILE)[1]; resource.setrlimit(resource.RLIMIT_NOFILE, (n, n)); "
     code += "[os.dup(1) for _ in range(min(n, 20_000) - 50)]; print('ready', flush=True); sys.stdin.read()"
-    crowd = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]
+    crowd = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _process in range(3)]
     try:
         for process in crowd:
             assert process.stdout.readline() == b"ready\n"

@@ -62,7 +62,7 @@ def test_results_and_errors_come_back(place):
         safe_files.as_user(ALICE, lambda: os.listdir(place / "shut"))
     assert error.value.filename == str(place / "shut")
     with pytest.raises(RuntimeError, match="ValueError: no"):
-        safe_files.as_user(ALICE, lambda: (_ for _ in ()).throw(ValueError("no")))
+        safe_files.as_user(ALICE, lambda: (none for none in ()).throw(ValueError("no")))
     with pytest.raises(RuntimeError, match="killed"):
         safe_files.as_user(ALICE, lambda: os.kill(os.getpid(), 9))
 
@@ -284,12 +284,12 @@ def test_two_nodes_share_a_folder(place):
     folder = owned(place / "ckpt")
     for number in range(40):
         (folder / f"step-{number}.pt").write_text(str(number))
-    threads = [threading.Thread(target=job_folders.set_aside, args=(str(folder), "step-*.pt")) for _ in range(4)]
+    threads = [threading.Thread(target=job_folders.set_aside, args=(str(folder), "step-*.pt")) for _mover in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    found = [path for path in folder.glob("set-aside-*/step-*.pt")]
+    found = list(folder.glob("set-aside-*/step-*.pt"))
     assert len(found) == 40 and not list(folder.glob("step-*.pt"))
 
 

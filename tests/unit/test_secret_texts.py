@@ -41,7 +41,10 @@ def test_a_url_is_split_and_joined(user, password):
     assert secret_texts.user_and_password(userinfo)[1] == password
 
 
-@given(SECRETS, st.sampled_from([str, repr, lambda text: repr([text, 1]), lambda text: quote(text, safe=""), variables.shown, lambda text: variables.shown([text])]))
+FORMS = [str, repr, lambda text: repr([text, 1]), lambda text: quote(text, safe=""), variables.shown, lambda text: variables.shown([text])]
+
+
+@given(SECRETS, st.sampled_from(FORMS))
 def test_a_vaulted_value_is_in_no_sentence(secret, form):
     for problem in (Problem("n1", "v", f"v is {form(secret)}, but a number was expected", "correct it"),):
         masked = secret_texts.masked(problem.sentence(), [secret])

@@ -288,7 +288,7 @@ def test_a_flood_of_strangers_pushes_out_its_own(tmp_path):
         return near, far
 
     peer = come("198.18.0.12")
-    crowd = [come("198.18.0.11") for _ in range(5 * made.STRANGERS)]
+    crowd = [come("198.18.0.11") for _number in range(5 * made.STRANGERS)]
     assert peer[0].fileno() in made.links and len(made.links) <= made.STRANGERS
     for pair in (peer, *crowd):
         for end in pair:
