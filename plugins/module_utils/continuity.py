@@ -258,7 +258,8 @@ def what_was(seats: t.Sequence[Seat]) -> t.Optional[Past]:
         # Without what the supervisors wrote, anything may have been.
         doubt = not candidates[host] and ((host in seen and not heard) or not told)
         had.append(Had(host, rank, place, certain=not doubt))
-    written = any(entry.time >= started for found in candidates.values() for entry in found)
+    newest = [newest_of(found) for found in candidates.values()]
+    written = any(found and found.time >= started for found in newest)
     for entry in had:
         # Where anything was written since the start, what is older is left over from before: others have written, and it has not.
         counting = [found for found in candidates[entry.host] if not written or found.time >= started - TOLERANCE]

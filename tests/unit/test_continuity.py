@@ -183,6 +183,8 @@ def test_what_is_accepted_goes_on_from_the_newest_checkpoint(kind, skews, first,
             assert cluster.lost(value) == [], "restart is the way to begin anew"
             cluster.start(value)
         elif what == "accept":
+            if kind == "shards":
+                continue  # a limit: which of the parts that are left fit together afterwards, nobody can tell (docs/life.md)
             cluster.start(value, accepted=True)
             # Until the job writes again, what was there before the acceptance is not asked about (docs/life.md).
             cluster.run(1)
