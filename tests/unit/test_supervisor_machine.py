@@ -407,7 +407,7 @@ def test_a_restart_of_units_is_no_stop(victims, why):
     assert [node.alive for node in world.nodes] == [2, 2, 2], world.coordinator.text()
     assert world.coordinator.restarts_left == 2
     if 0 not in victims:
-        assert world.coordinator.first_cause["reason"] == "restart"
+        assert world.coordinator.first_cause["reason"] == supervisor.LEAVING[why][0]
         assert supervisor.LEAVING[why][1] in world.coordinator.first_cause["text"]
     world.run(30)
     assert all(node.disk["done"] for node in world.nodes)

@@ -81,7 +81,8 @@ LEAVING = {
     "shutdown": ("shutdown", "the node was shut down"),
     "restart": ("restart", "its unit was restarted"),
     "signal": ("restart", "its supervisor was sent SIGTERM, though nobody has asked systemd to stop the unit"),
-    "unknown": ("restart", "its supervisor was sent SIGTERM, and systemd does not say why"),
+    # At a shutdown the bus may be gone before the units are.
+    "unknown": ("shutdown", "the node was shut down, or its systemd does not answer"),
 }
 CLOCK_AGES = 30.0                   # seconds after which a clock's offset is measured anew, though the network has become slower
 FINAL = ("done", "stopped", "failed")
@@ -1565,7 +1566,7 @@ def systemctl(*words: str) -> Optional[str]:
     return None if done.returncode and done.stderr.strip() else done.stdout.decode("utf-8", "replace").strip()
 
 
-def why_ended(unit: str, patience: float = 5.0) -> str:
+def why_ended(unit: str, patience: float = 2.0) -> str:
     """Why this unit was sent SIGTERM: "stop" where somebody has asked systemd to stop it, else one of LEAVING.
 
     systemd tells it by the job that it has for the unit. Where its bus is restarted in this very moment it is asked
