@@ -86,7 +86,8 @@ def test_a_node_that_cannot_run_it_is_named_before_anything_is_launched(verify, 
     assert "verify8: pytorch_environment is /opt/torch, in which there is no torch" in " ".join(found.text.split()), found.text
     assert "nccl_verify : Prepare" not in found.text
     lab.nodes[7].heal()
-    found = verify("-e", "torchrun_user=somebody")
+    # With folders of its own, since those of the job are another user's.
+    found = verify("-e", "torchrun_user=somebody", "-e", "torchrun_root=/var/lib/elsewhere", "-e", "torchrun_log_root=/var/log/elsewhere")
     for number in range(1, 9):
         assert f"verify{number}: there is no user somebody, which the job runs as; provision the nodes first" in found.text
     assert "nothing was launched" in found.text and "Start the measurement" not in found.text and found.report == {}
