@@ -186,8 +186,8 @@ def test_nodes_with_troubles(nodes, inventory):
     machines.shell("inv1", f"mkdir -p /run/systemd/system && printf \"{unit.format(listen.format(29501).replace(chr(34), chr(92) * 3 + chr(34)))}\" "
                            ">/run/systemd/system/torchrun-other.service && systemctl daemon-reload && systemctl start torchrun-other")
     for name in TWO:
-        machines.shell(name, "mkdir -p /run/small && mount -t tmpfs -o size=1m tmpfs /run/small")
-    machines.shell("inv1", "mkdir -p /run/data")
+        machines.shell(name, "mkdir -p /srv/small && mount -t tmpfs -o size=1m,mode=755 tmpfs /srv/small")
+    machines.shell("inv1", "mkdir -p /srv/data")
     machines.shell("inv2", "sed 's/^ID=.*/ID=gentoo/; s/^PRETTY_NAME=.*/PRETTY_NAME=\"Gentoo Linux\"/' /etc/os-release >/run/os-release "
                            "&& mount --bind /run/os-release /usr/lib/os-release")
     # The module's own clock is moved; the kernel's is that of the machine that the tests run on.
@@ -198,7 +198,7 @@ def test_nodes_with_troubles(nodes, inventory):
     try:
         machines.shell("inv1", "for port in 29500 29501; do timeout 30 sh -c \"until ss -Hltn sport = :$port | grep -q .; do sleep 0.2; done\"; done")
         inventory.group({"inv1": {}, "inv2": {"ansible_python_interpreter": LATE_PYTHON}},
-                        torchrun_data_paths=["/run/data"], pytorch_root="/run/small")
+                        torchrun_data_paths=["/srv/data"], pytorch_root="/srv/small")
         found = machines.sentences(inventory.train())
         pid = machines.shell("inv1", "systemctl show --property=MainPID --value holder").strip()
         # What the question itself took is not counted, since nobody knows which part of it passed before the clock was read.
@@ -211,14 +211,14 @@ def test_nodes_with_troubles(nodes, inventory):
             "install one of these or take the host out of the group.",
             f"inv2: the clock is at least {behind} s behind the control node's, but at most 1 s was expected; "
             "synchronise it (systemd-timesyncd or chrony).",
-            "inv2: torchrun_data_paths names /run/data, which does not exist on this node; mount or create it, or correct the path.",
+            "inv2: torchrun_data_paths names /srv/data, which does not exist on this node; mount or create it, or correct the path.",
             # What takes room is known once all else is decided.
-            "inv1, inv2: /run/small has 0.0 GiB free, but 2 GiB are needed for torch; "
+            "inv1, inv2: /srv/small has 0.0 GiB free, but 2 GiB are needed for torch; "
             "free some space or set pytorch_root to a larger file system."]
     finally:
         machines.shell("inv1", "systemctl stop holder torchrun-other; rm -f /run/systemd/system/torchrun-other.service; systemctl daemon-reload; "
-                               "umount /run/small; rm -rf /run/small /run/data")
-        machines.shell("inv2", f"umount /usr/lib/os-release /run/small; rm -rf /run/small; rm -f /run/os-release {LATE_PYTHON}")
+                               "umount /srv/small; rm -rf /srv/small /srv/data")
+        machines.shell("inv2", f"umount /usr/lib/os-release /srv/small; rm -rf /srv/small; rm -f /run/os-release {LATE_PYTHON}")
 
 
 def test_networks(nodes, inventory):
