@@ -1566,7 +1566,7 @@ def systemctl(*words: str) -> Optional[str]:
     return None if done.returncode and done.stderr.strip() else done.stdout.decode("utf-8", "replace").strip()
 
 
-def why_ended(unit: str, patience: float = 2.0) -> str:
+def why_ended(unit: str, patience: float = 5.0) -> str:
     """Why this unit was sent SIGTERM: "stop" where somebody has asked systemd to stop it, else one of LEAVING.
 
     systemd tells it by the job that it has for the unit. Where its bus is restarted in this very moment it is asked
