@@ -7,6 +7,7 @@ export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
 # Progress shows at once through a pipe too: make train | tee log
 export PYTHONUNBUFFERED := 1
 MINUTES ?= 10
+REPEAT ?= 1
 
 .PHONY: help setup lab train test lint unit sanity nodes bench soak docs build clean bundle gpu kernel
 help: ## Show the targets
@@ -21,8 +22,8 @@ lab: setup ## Boot two systemd nodes on this machine
 train: lab ## Boot the lab and train a model on it
 	ansible-playbook train.yml -i inventories/lab
 
-test: setup ## Run the checks
-	@tools/test.sh
+test: setup ## Run the checks; SUITE="unit lint" for some of them, REPEAT=3 for each three times
+	@tools/test.sh --repeat $(REPEAT) $(SUITE)
 
 lint: setup ## ansible-lint, production profile
 	ansible-lint --offline
