@@ -409,7 +409,7 @@ class Verification:
         """Return what the programs have written as the job's user; empty where it is no JSON object in a regular file."""
         try:
             with safe_files.pinned(self.folder, os.path.basename(verify_config.RESULTS)) as folder:
-                found = hostile_input.parse_json(safe_files.read_text(os.path.join(folder, "result.json"), RESULT_LIMIT))
+                found = hostile_input.parse_json(hostile_input.read_text(folder, "result.json", RESULT_LIMIT))
         except (OSError, ValueError, safe_files.Unsafe):
             return {}
         return found if isinstance(found, dict) else {}

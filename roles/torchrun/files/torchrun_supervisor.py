@@ -2260,6 +2260,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def tell_done(options: argparse.Namespace, text: str) -> None:
+    """Leave a state.json that says so too, where it tells of a job that trains: whoever reads it looks at no other file."""
+    state_file = os.path.join(options.state_dir, "state.json")
+    told = read_known(state_file, STATE)
+    if told.get("result") == "done" and told.get("release") == options.release:
+        return
+    now = time.time()
+    told.update(version=1, job=options.job, host=options.host, rank=options.node_rank, nnodes=options.nnodes,
+                release=options.release, state="done", result="done", text=text, since=now, written=now)
+    try:
+        write_json(state_file, told)
+    except OSError as error:
+        say(f"cannot write {state_file}: {error.strerror}")
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     limits = Limits(options.max_restarts, options.hang_timeout, options.grace, options.abort_grace, options.heartbeat,
@@ -2279,7 +2294,9 @@ def main(arguments: list[str]) -> int:
     done = read_known(done_file, DONE)
     if done and done.get("release") == options.release and not (options.node_rank == 0 and done.get("unacknowledged")):
         notify("READY=1")
-        say(f"job {options.job} has finished already (release {options.release}); remove {done_file} to train anew")
+        text = f"has finished already (release {options.release}); remove {done_file} to train anew"
+        say(f"job {options.job} {text}")
+        tell_done(options, f"the job {text}")
         return EXIT_OK
     if done and done.get("release") != options.release:
         try:
