@@ -89,12 +89,12 @@ def test_a_lock_decides_and_no_changed_wheel_gets_in(lab, lock):
 
 # What Python prints where torch is a build for GPUs, which would take gigabytes: the module's questions are the real ones.
 STAND_IN = """#!/bin/sh
-echo asked >>{folder}/asked
+id -un >>{folder}/asked
 cat {folder}/answer
 """
 
 
-def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
+def test_an_existing_torch_of_a_user_s_is_asked_once_and_never_as_root(lab):
     folder = "/opt/stand-in"
     answer = {"torch": "2.13.0+cu130", "cuda": "13.0", "nccl": "2.28.9", "architectures": ["sm_75", "sm_90"]}
 
@@ -105,13 +105,15 @@ def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
 
     lab.run(f"mkdir -p {folder}/bin {folder}/lib/python3/site-packages/torch")
     lab.run(f"printf %s {shlex.quote(STAND_IN.format(folder=folder))} >{folder}/bin/python3; chmod 755 {folder}/bin/python3")
+    # The login user can change all of it. Whoever runs it leaves a name.
+    lab.run(f"touch {folder}/asked; chown -R ops: {folder}; chmod 666 {folder}/asked")
     taken = {"source": "existing", "environment": folder, "root": ROOT, "gpus": H100}
     try:
         become()
         for _round in range(2):
             found = module(**taken)
             assert not found.get("failed") and found["versions"] == answer, found
-        assert lab.run(f"cat {folder}/asked", check=False)[NODE].split() == ["asked"], "once"
+        assert lab.run(f"cat {folder}/asked", check=False)[NODE].split() == ["torchrun"], "once, and as the job's user"
         become(architectures=["sm_75", "sm_80"])
         found = module(**taken)
         assert found.get("failed") and "no code for NVIDIA H100 (sm_90), only for sm_75, sm_80" in found["msg"], found
@@ -119,4 +121,4 @@ def test_an_existing_torch_is_asked_once_for_the_code_that_it_has(lab):
         found = module(**taken)
         assert found.get("failed") and "built without NCCL" in found["msg"], found
     finally:
-        lab.run(f"rm -rf {folder} {ROOT}")
+        lab.run(f"rm -rf {folder} {ROOT}; userdel torchrun", check=False)
