@@ -309,7 +309,11 @@ def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
 def only_roots(module: AnsibleModule, *names: str) -> None:
     """Fail where others than root can change what root is about to run."""
     for name in names:
-        who = folder_access.changer(module.params[name])
+        try:
+            who = folder_access.changer(module.params[name])
+        except OSError as error:
+            text = f"pytorch_{name} is {module.params[name]}, which root of the node cannot look at ({error.strerror})"
+            module.fail_json(msg=f"{text}; name a path on a local disk")
         if who:
             text = f"pytorch_{name} is {module.params[name]}, but {who} can be changed by others than root, who runs programs from there"
             module.fail_json(msg=f"{text}; name a path that only root can write")

@@ -293,7 +293,7 @@ class Node:
     def keep_job_folder(self, root: str) -> None:
         """The job's folder and that of its releases are root's; where somebody else's folder is above, only the second is."""
         try:
-            found = safe_files.reach(root)
+            found = safe_files.reach(root, self.who)
             os.close(found.handle)
         except OSError as error:
             self.module.fail_json(msg=f"{root} cannot be made ({error.strerror}); correct torchrun_root")
