@@ -46,6 +46,10 @@ options:
       - The job's user, with whose rights an environment of somebody else's (O(source=existing)) is tried. Made where it is missing.
     type: str
     default: torchrun
+  user_there:
+    description: Whether that user was there when the node was looked at. One that cannot be found any more is not made again.
+    type: bool
+    default: false
   home:
     description: Home of that user where it is made.
     type: path
@@ -269,6 +273,8 @@ def runner(module: AnsibleModule) -> safe_files.Account | None:
     """Return the job's user, with whose rights somebody else's environment runs; it is made where it is missing."""
     name = module.params["user"]
     who = safe_files.account(name)
+    if who is None and module.params["user_there"]:
+        job_user.lost(module, name)
     if who is None and not module.check_mode:
         who = job_user.make(module, name, module.params["home"])
     if who is not None and who.uid == 0:
@@ -459,6 +465,7 @@ def main() -> None:
             "version": {"type": "str", "default": ""},
             "root": {"type": "path", "default": "/opt/onprem.torch"},
             "user": {"type": "str", "default": "torchrun"},
+            "user_there": {"type": "bool", "default": False},
             "home": {"type": "path", "default": "/var/lib/torchrun/train"},
             "index_url": {"type": "str", "default": ""},
             "extra_index_urls": {"type": "list", "elements": "str", "default": []},
