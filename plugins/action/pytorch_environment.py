@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import typing as t
 
 from ansible.plugins.action import ActionBase
@@ -76,11 +77,17 @@ class ActionModule(ActionBase):
         temporary = self._connection._shell.tmpdir or self._make_tmp_path()
         commands = []
         for name in names:
-            remote, partial = self._connection._shell.join_path(temporary, name), f"{target}/{name}.partial"
+            remote = self._connection._shell.join_path(temporary, name)
             self._transfer_file(os.path.join(folder, name), remote)
-            commands.append(f"chmod 0644 '{remote}' && mv '{remote}' '{partial}' && chown root:root '{partial}' && mv '{partial}' '{target}/{name}'")
+            commands.append(moving(remote, f"{target}/{name}"))
         # One command for all, since each costs a round trip and a sudo.
         moved = self._low_level_execute_command(" && ".join(commands))
         if moved["rc"] == 0:
             return ""
         return f"{', '.join(names)} cannot be put into {target}: {moved['stderr'].strip()}"
+
+
+def moving(remote: str, final: str) -> str:
+    """Return the shell's commands that make a transferred file root's and give it its name when it is whole."""
+    source, partial, path = (shlex.quote(each) for each in (remote, f"{final}.partial", final))
+    return f"chmod 0644 {source} && mv {source} {partial} && chown root:root {partial} && mv {partial} {path}"

@@ -67,17 +67,18 @@ def look(variable: str, path: str, use: str, user: str) -> dict[str, t.Any]:
         variable: the variable.
         path: an absolute path.
         use: C(write), C(own) (the same, in a folder of the product's that it puts right), C(read), C(run) (an environment's
-            Python) or C(trust) (root runs what lies there).
+            Python), C(source) (read, a job's program) or C(trust) (root runs what lies there).
         user: name of the job's user.
 
     Returns:
         C(variable), C(path), C(use), C(real) (the path without links), C(home) (whose home it is), C(changer) (who else than root
-        can change it), C(owner), C(mode), C(error) (why it cannot be used) and C(exists) (whether the user exists).
+        can change it), C(owner), C(mode), C(error) (why it cannot be used), C(rootless) (where root cannot make what it has to, and
+        why) and C(exists) (whether the user exists).
     """
     who = safe_files.account(user)
     entry: dict[str, t.Any] = {
         "variable": variable, "path": path, "use": use, "user": user, "exists": who is not None,
-        "real": path, "home": "", "changer": "", "owner": "", "mode": "", "error": "", "missing": False,
+        "real": path, "home": "", "changer": "", "owner": "", "mode": "", "error": "", "rootless": "", "missing": False,
     }  # fmt: skip
     try:
         entry.update(safe_files.as_user(None, lambda: _facts(path, use, who)))
@@ -102,32 +103,58 @@ def _facts(path: str, use: str, who: safe_files.Account | None) -> dict[str, t.A
             facts.update(_modes(os.path.dirname(path), 0o001))
             facts.update({} if facts.get("error") else _modes(path, 0o001))
         return facts
+    reading = use in ("read", "source")
     try:
-        found = safe_files.reach(path)
+        found = safe_files.reach(path, who)
+        if use == "own":
+            facts["rootless"] = _rootless(os.path.dirname(path))
     except safe_files.Unsafe as error:
         # Of the user's own links the user's own rights are tried; root never follows them.
-        return {**facts, "missing": not os.path.exists(path), "error": "" if use == "read" else str(error)}
+        return {**facts, "missing": not os.path.exists(path), "error": "" if reading else str(error)}
     except NotADirectoryError as error:
-        return facts if use == "read" else {**facts, "error": error.strerror}
+        return facts if reading else {**facts, "error": error.strerror}
+    except PermissionError as error:
+        # Root of a node is nobody on a network file system, where a user's private folders are for that user alone.
+        if who is None:
+            raise
+        if use == "own":
+            facts["rootless"] = f"{error.filename or os.path.dirname(path)} (root_squash of a network file system?)"
+        return {**facts, "real": safe_files.as_user(who, lambda: os.path.realpath(path))}
     os.close(found.handle)
     status = os.stat(found.path)
     facts.update(missing=bool(found.missing), owner=safe_files.name_of(status.st_uid), mode=f"{stat.S_IMODE(status.st_mode):04o}")
     if found.missing:
-        facts["byroot"] = found.systems and use != "read"
+        facts["rootless"] = facts.get("rootless") or (_unwritable(found.path) if found.systems and not reading else "")
+        facts["byroot"] = found.systems and not reading and not facts["rootless"]
     else:
         facts["home"] = _home(found.path, status.st_uid)
-        facts["byroot"] = use == "own" and _mended(found.path, status)
-    if who is None and not facts["byroot"] and not (found.missing and use == "read"):
-        facts.update(_modes(found.path, {"read": 0o005, "write": 0o003, "own": 0o003}[use]))
+        facts["byroot"] = use == "own" and _mended(found.path, status, who)
+    if who is None and not facts["byroot"] and not (found.missing and reading):
+        facts.update(_modes(found.path, {"read": 0o005, "source": 0o005, "write": 0o003, "own": 0o003}[use]))
     return facts
 
 
-def _mended(path: str, found: os.stat_result) -> bool:
+def _rootless(path: str) -> str:
+    """Return where and why root cannot write in a folder, or in the one in which it would be made; empty where it can."""
+    found = safe_files.reach(path)
+    os.close(found.handle)
+    return _unwritable(found.path)
+
+
+def _unwritable(folder: str) -> str:
+    """Return a folder and why root cannot write there, an empty string where it can."""
+    if os.geteuid() != 0 or os.access(folder, os.W_OK):
+        return ""  # that modules need root is told by itself
+    read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    return f"{folder} ({'its file system is read-only' if read_only else 'root_squash of a network file system?'})"
+
+
+def _mended(path: str, found: os.stat_result, who: safe_files.Account | None) -> bool:
     """Return whether root will put a folder of the product's, or one above it, right before the job needs it."""
     job = os.path.dirname(path)
     root = os.path.dirname(job)
     own = [job, *([root] if root in launch.OWN_ROOTS else [])]
-    if not safe_files.systems(os.stat(root)) or os.stat(job).st_uid != 0:
+    if not safe_files.systems(root, os.stat(root), who) or os.stat(job).st_uid != 0:
         return False
     return found.st_uid == 0 or any(os.stat(folder).st_uid == 0 and not os.stat(folder).st_mode & 0o001 for folder in own)
 
@@ -160,20 +187,22 @@ def _home(path: str, uid: int) -> str:
 
 def _tried(path: str, use: str, who: safe_files.Account | None, entry: t.Mapping[str, t.Any]) -> str:
     """Return why the user cannot use a folder, an empty string where it can; tried with the user's rights."""
-    if use == "trust" or entry["home"] or entry.get("byroot") or who is None:
+    if use == "trust" or (entry["home"] and use != "source") or entry.get("byroot") or who is None:
         return ""
     if use == "run":
         status, _output, errors = safe_files.run_as(who, [path, "-I", "-S", "-B", "-c", "pass"], 2 * safe_files.SECONDS)
         words = errors.strip().splitlines()
         return "" if status == 0 else words[-1] if words else f"exit status {status}"
-    if entry["missing"] and use == "read":
+    reading = use in ("read", "source")
+    if entry["missing"] and reading:
         return ""  # told by the check of paths that must exist
-    work: t.Callable[[], None] = {"read": lambda: _read(path), "write": lambda: _write(path), "own": lambda: _write(path)}[use]
     try:
-        safe_files.as_user(who, work)
+        safe_files.as_user(who, lambda: _read(path) if reading else _write(path))
     except TimeoutError:
         raise
     except OSError as error:
+        if reading and isinstance(error, FileNotFoundError):
+            return ""  # as root could not tell
         where = f"{error.filename}: " if error.filename and use == "write" and os.path.dirname(str(error.filename)) != path else ""
         return f"{where}{error.strerror}"
     return ""
@@ -203,22 +232,17 @@ def _write(path: str) -> None:
 
 
 def changer(path: str) -> str:
-    """Return who else than root can change what lies at a path, or what it leads to; an empty string for nobody."""
-    real = os.path.realpath(path)
-    for name in dict.fromkeys((path, real)):
-        folder = name
-        while True:
-            try:
-                found = os.stat(folder)
-            except OSError:
-                found = None
-            if found is not None and not safe_files.systems(found):
-                who = safe_files.name_of(found.st_uid) if found.st_uid else "everybody" if found.st_mode & 0o002 else safe_files.group_of(found.st_gid)
-                return f"{folder} ({who})"
-            if folder == "/":
-                break
-            folder = os.path.dirname(folder)
-    return ""
+    """Return who else than root can change what lies at a path, or what it leads to; an empty string for nobody.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        found = safe_files.reach(path, file=True)
+    except safe_files.Unsafe as error:
+        return error.changer or str(error)
+    os.close(found.handle)
+    return found.changer
 
 
 # --- in the plan ---
@@ -239,6 +263,8 @@ def questions(variables: t.Mapping[str, t.Any], name: str) -> list[dict[str, str
     own = posixpath.dirname(checkpoints.rstrip("/")) == f"{root}/{name}"
     wanted += [("torchrun_checkpoint_dir", checkpoints, "own" if own else "write")]
     wanted += [("torchrun_data_paths", str(path), "read") for path in variables.get("torchrun_data_paths") or []]
+    source = str(variables.get("torchrun_source") or "")
+    wanted += [("torchrun_source", source[len("remote:") :], "source")] if source.startswith("remote:") else []
     if variables.get("pytorch_source") == "existing" and variables.get("pytorch_environment"):
         wanted.append(("pytorch_environment", posixpath.join(str(variables["pytorch_environment"]), "bin/python3"), "run"))
     # What root runs, or believes, for each source of torch.
@@ -278,20 +304,35 @@ def _judged(host: str, entry: t.Mapping[str, t.Any]) -> Problem | None:
     if entry["changer"]:
         text = f"{variable} is {path}, but {entry['changer']} can be changed by others than root, who runs programs from there"
         return Problem(host, variable, text, "name a path that only root can write")
+    # What the user can make itself needs no root; a job's folder does, for its releases.
+    if entry.get("rootless") and (entry["use"] == "own" or entry["error"]):
+        return _unmakeable(host, entry, variable, path)
     if entry["error"]:
         return _unusable(host, entry, variable, path, entry["user"])
     return None
 
 
+def _unmakeable(host: str, entry: t.Mapping[str, t.Any], variable: str, path: str) -> Problem:
+    """Return the problem of a folder in which root of the node cannot make what it has to."""
+    if entry["use"] == "own":
+        text = f"torchrun_root leads to {path}, but root of the node cannot write in {entry['rootless']}, where it keeps the job's releases"
+        return Problem(host, "torchrun_root", text, "set torchrun_root to a folder on a local disk")
+    text = f"{variable} names {path}, but neither root of the node nor the job's user {entry['user']} can write in {entry['rootless']}"
+    return Problem(host, variable, text, f"make the folder where its file system can be written, and give it to {entry['user']}, or name another folder")
+
+
 def _unusable(host: str, entry: t.Mapping[str, t.Any], variable: str, path: str, user: str) -> Problem:
     """Return the problem of a folder that the job's user cannot use."""
+    if entry["use"] == "trust":
+        text = f"{variable} names {path}, but root of the node cannot look at it ({entry['error']})"
+        return Problem(host, variable, text, "name a path on a local disk")
     can = "cannot" if entry["exists"] else "(yet to be made) will not be able to"
-    doing = {"write": "make files in it", "own": "make files in it", "read": "open and list it", "run": "run it"}[entry["use"]]
+    doing = {"write": "make files in it", "own": "make files in it", "run": "run it"}.get(entry["use"], "open and list it")
     text = f"{variable} names {path}, but the job's user {user} {can} {doing} ({entry['error']})"
     cures = {
         "write": f"let {user} write there (chown it, or setfacl -m u:{user}:rwx), or name another folder",
         "read": f"let {user} enter and read it (chmod, or setfacl -m u:{user}:rx), or name another path",
         "run": f"let {user} enter it (chmod o+x, or setfacl -m u:{user}:x, on each folder above), or move the environment out of the home",
     }
-    cure = cures["write" if entry["use"] == "own" else entry["use"]]
+    cure = cures[{"own": "write", "source": "read"}.get(entry["use"], entry["use"])]
     return Problem(host, variable, text, cure)

@@ -30,6 +30,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import environment, f
 
 RECORD = "release.json"
 HISTORY = "history.json"
+# What the folder of a release is called until it is whole.
+PARTIAL = ".partial"
 # Starts that are remembered.
 STARTS = 50
 SET_ASIDE = "set-aside-"
@@ -52,29 +54,55 @@ def opened_releases(root: str) -> t.Iterator[str]:
 
 
 def staged(root: str, release: str, who: safe_files.Account | None) -> dict[str, t.Any]:
-    """Return the record of a release that is whole: its source has the hash that the record tells. Else empty."""
+    """Return the record of a release that is whole: its source has the hash that the record tells. Else empty.
+
+    Raises:
+        TimeoutError: a source that lies on the nodes was not read in time.
+    """
     try:
         with opened_releases(root) as releases:
             folder = os.path.join(releases, release)
             record = environment.read_json(os.path.join(folder, RECORD))
             return record if record and record.get("source_hash") == source_hash(folder, who) else {}
-    except OSError:
+    except TimeoutError:
+        raise
+    except (OSError, source_tree.SourceError):
         return {}
 
 
 def source_hash(folder: str, who: safe_files.Account | None) -> str:
-    """Return the hash of a release's source; empty where there is none.
+    """Return the hash of a release's source.
 
     A source that lies on the nodes is anybody's, so it is read with the rights of the job's user.
+
+    Raises:
+        source_tree.SourceError: it is missing or cannot be read.
+        TimeoutError: a source that lies on the nodes was not read in time.
+        OSError: a source that was copied cannot be read.
     """
     source = os.path.join(folder, "source")
-    try:
-        if os.path.islink(source):
-            remote = os.readlink(source)
-            return str(safe_files.as_user(who, lambda: source_tree.tree_hash(source_tree.files(remote)), SECONDS))
+    if not os.path.islink(source):
         return source_tree.tree_hash(source_tree.files(source))
-    except (OSError, RuntimeError, source_tree.SourceError):
-        return ""
+    remote = os.readlink(source)
+    try:
+        found, reason = safe_files.as_user(who, lambda: hash_or_reason(remote), SECONDS)
+    except TimeoutError:
+        raise TimeoutError(errno.ETIMEDOUT, f"it was not read within {SECONDS:.0f} s", remote) from None
+    except RuntimeError as error:
+        reason = f"{remote} cannot be read ({error})"
+    if reason:
+        raise source_tree.SourceError(f"{reason}, as {who.name if who else 'root'} reads it")
+    return str(found)
+
+
+def hash_or_reason(source: str) -> tuple[str, str]:
+    """Return the hash of a source, or why it has none."""
+    try:
+        return source_tree.tree_hash(source_tree.files(source)), ""
+    except source_tree.SourceError as error:
+        return "", str(error)
+    except OSError as error:
+        return "", f"{error.filename or source} cannot be read ({error.strerror})"
 
 
 def stage(
@@ -99,10 +127,11 @@ def stage(
 
     Raises:
         source_tree.SourceError: what was unpacked is not what was packed, or the user cannot read a source on the node.
+        TimeoutError: it was not read in time.
     """
     with opened_releases(root) as releases:
         folder = os.path.join(releases, release)
-        partial = f"{folder}.partial"
+        partial = f"{folder}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         os.mkdir(partial, 0o700)
         source = os.path.join(partial, "source")
@@ -114,9 +143,8 @@ def stage(
         for name, text in programs.items():
             environment.write_atomically(os.path.join(partial, name), text)
         found = source_hash(partial, who)
-        if not found or (expected and found != expected):
-            where = f"{remote}, as {who.name} reads it, " if remote else "the source "
-            raise source_tree.SourceError(f"{where}has the hash {found[:12] or 'none'}, but {expected[:12] or 'one'} was expected")
+        if expected and found != expected:
+            raise source_tree.SourceError(f"the source has the hash {found[:12]}, but {expected[:12]} was expected")
         environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
         folder_acl.let_in(partial, who.uid, who.gid)
         os.sync()
@@ -177,9 +205,12 @@ def link_entries(root: str) -> None:
 
 
 def prune(root: str, keep: t.Collection[str], count: int) -> None:
-    """Remove the oldest releases beyond ``count``, never one of ``keep``."""
+    """Remove the oldest releases beyond ``count``, never one of ``keep``, and what a run that was killed has staged in part."""
     with opened_releases(root) as folder:
-        releases = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+        there = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
+        releases = [name for name in there if not name.endswith(PARTIAL)]
+        for name in set(there) - set(releases):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
         releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
         for name in releases[count:]:
             if name not in keep:

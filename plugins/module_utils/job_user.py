@@ -10,6 +10,17 @@ import typing as t
 from ansible_collections.onprem.torch.plugins.module_utils import safe_files
 
 
+def lost(module: t.Any, name: str) -> None:
+    """End the module: a user of a directory that does not answer must not be made again, as another one of the same name.
+
+    Args:
+        module: the AnsibleModule.
+        name: name of the user.
+    """
+    text = f"the user {name} was there when the node was looked at and cannot be found now"
+    module.fail_json(msg=f"{text}; look at the node's name service (sssd, nscd, nsswitch.conf), and run the play again when it answers")
+
+
 def make(module: t.Any, name: str, home: str) -> safe_files.Account:
     """Make the user, or end the module with a sentence.
 

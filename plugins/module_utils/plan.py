@@ -263,6 +263,7 @@ def make(
             "devices": ",".join(devices_of(host)) or None,
             "python": torch["executable"],
             "pytorch": {key: value for key, value in torch.items() if key != "executable"},
+            "user_there": any(entry.get("exists") for entry in host.node.get("access") or []),
             "distribution": host.node.get("distribution", {}),
             "architecture": host.node.get("architecture", ""),
             "hardware": host.node.get("hardware", {}),

@@ -20,6 +20,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import select
 import signal
 import stat
@@ -27,12 +28,18 @@ import subprocess
 import time
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import folder_acl
+
 # Seconds for a question to a file system; a dead one never answers.
 SECONDS = 10.0
 # Bytes that a child may answer.
 ANSWER = 4 << 20
 # Ids of users and groups below are the distribution's own services (login.defs: UID_MIN, GID_MIN).
 FIRST_PERSON = 1000
+# Ids of groups below are given out once for all machines of a distribution (base-passwd); no directory of people has them.
+FIRST_GROUP = 100
+# Who can change what lies in a folder: nobody but root, also services of the distribution's, or others.
+ROOT, SERVICES, OTHERS = range(3)
 # A user without any rights, where the job's is yet to be made.
 NOBODY = 65534
 # Links on the way to a folder, as many as the kernel follows.
@@ -41,7 +48,15 @@ _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Unsafe(Exception):
-    """Others than root can lead root astray here; the message is a sentence's first half."""
+    """Others than root can lead root astray here; the message is a sentence's first half.
+
+    Attributes:
+        changer: who they are, such as "/home/alice (alice)".
+    """
+
+    def __init__(self, text: str, changer: str = "") -> None:
+        super().__init__(text)
+        self.changer = changer
 
 
 class Account(t.NamedTuple):
@@ -61,7 +76,7 @@ class Reached(t.NamedTuple):
         path: its path without links.
         missing: names that would have to be made in it.
         roots: whether nobody but root can change any folder on the way, the last one included.
-        systems: the same, but the distribution's groups may write (Ubuntu's /var/log belongs to root:syslog, 0775).
+        systems: the same, but services of the distribution's may (Ubuntu's /var/log belongs to root:syslog, 0775).
         changer: who else can change a folder on the way, such as "/home/alice (alice)"; empty where nobody can.
     """
 
@@ -129,7 +144,8 @@ def as_user(who: Account | None, work: t.Callable[[], t.Any], seconds: float = S
     Raises:
         TimeoutError: no answer came in time. The child was killed, or hangs in the kernel until its file system answers.
         OSError: what the work raised.
-        RuntimeError: the work raised something else, or the child was killed.
+        RuntimeError: the work raised something else, its result is too large, root's rights could not be given up, or the child
+            was killed.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -141,9 +157,7 @@ def as_user(who: Account | None, work: t.Callable[[], t.Any], seconds: float = S
             nothing = os.open(os.devnull, os.O_RDWR)
             for handle in (0, 1, 2):
                 os.dup2(nothing, handle)
-            if who is not None:
-                drop(who)
-            data = json.dumps(_attempt(work)).encode()
+            data = _answer(who, work)
             while data:
                 data = data[os.write(writing, data) :]
         finally:
@@ -167,8 +181,24 @@ def as_user(who: Account | None, work: t.Callable[[], t.Any], seconds: float = S
     return answer["value"]
 
 
+def _answer(who: Account | None, work: t.Callable[[], t.Any]) -> bytes:
+    """Become the user, do the work and return what a child hands back; it says why where any of that failed."""
+    try:
+        if who is not None:
+            drop(who)
+    except Exception as error:  # no trouble of the folder's, whatever it is
+        return json.dumps({"error": f"root's rights cannot be given up for those of {who.name if who else 'root'} ({error})"}).encode()
+    try:
+        data = json.dumps(_attempt(work)).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        return json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+    if len(data) > ANSWER:
+        return json.dumps({"error": f"what was found there is larger than {ANSWER >> 20} MiB"}).encode()
+    return data
+
+
 def _attempt(work: t.Callable[[], t.Any]) -> dict[str, t.Any]:
-    """Return the result of the work, or its error, as a child hands it back."""
+    """Return the result of the work, or its error."""
     try:
         return {"value": work()}
     except OSError as error:
@@ -266,17 +296,80 @@ def run_as(who: Account, command: t.Sequence[str], seconds: float, variables: t.
 
 
 def roots(found: os.stat_result) -> bool:
-    """Return whether nobody but root can change what lies in a folder, or a file."""
+    """Return whether nobody but root can change what lies in a folder, or a file; a group that may write counts as others."""
     return found.st_uid == 0 and not found.st_mode & 0o022
 
 
-def systems(found: os.stat_result) -> bool:
-    """Return whether a folder is root's and besides at most one of the distribution's groups can change it."""
-    return found.st_uid == 0 and not found.st_mode & 0o002 and (not found.st_mode & 0o020 or found.st_gid < FIRST_PERSON)
+def writers(path: str, found: os.stat_result) -> int:
+    """Return who can change what lies in a folder, or a file: C(ROOT), C(SERVICES) or C(OTHERS).
+
+    Args:
+        path: a path that leads to it as it was looked at, such as one in /proc/self/fd.
+        found: its status.
+    """
+    if found.st_uid != 0 or found.st_mode & 0o002:
+        return OTHERS
+    if not found.st_mode & 0o020:
+        return ROOT
+    # With an access control list, the group's bits are the most that anybody in that list may do (acl(5)).
+    return OTHERS if _listed(path) else writers_of(found.st_gid)
 
 
-def reach(path: str) -> Reached:
+def writers_of(gid: int) -> int:
+    """Return who can change what a group may write, by who is in it.
+
+    A group without anybody is root's where no directory of people can have members for it: /usr/local is root:staff, 2775, in
+    Debian. A system user's own group is a service's, such as syslog's. Nothing is known of an empty group with another number:
+    sssd does not list whom it knows.
+    """
+    try:
+        members = grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return OTHERS
+    uids = {entry.pw_uid for entry in pwd.getpwall() if entry.pw_gid == gid}
+    services = bool(uids - {0})
+    for name in members:
+        try:
+            uids.add(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            return OTHERS
+    uids.discard(0)
+    if any(uid >= FIRST_PERSON for uid in uids):
+        return OTHERS
+    # Users such as sync and halt have root's group at some distributions, and no password.
+    if gid == 0 or (not uids and gid < FIRST_GROUP):
+        return ROOT
+    return SERVICES if services and gid < FIRST_PERSON else OTHERS
+
+
+def _listed(path: str) -> bool:
+    """Return whether something has an access control list, or may have one."""
+    try:
+        return bool(os.getxattr(path, folder_acl.ATTRIBUTE))
+    except OSError as error:
+        return error.errno not in (errno.ENODATA, *folder_acl.LACKING)
+
+
+def systems(path: str, found: os.stat_result, who: Account | None = None) -> bool:
+    """Return whether a folder is root's and besides at most services of the distribution's can change it.
+
+    Args:
+        path: a path that leads to it as it was looked at.
+        found: its status.
+        who: a user that is none of these services, though its id may be one of theirs: the job's.
+    """
+    if who is not None and who.uid != 0 and found.st_mode & 0o020 and found.st_gid in (who.gid, *who.groups):
+        return False
+    return writers(path, found) <= SERVICES
+
+
+def reach(path: str, who: Account | None = None, file: bool = False) -> Reached:
     """Open as much of a path as is there; the caller closes the descriptor.
+
+    Args:
+        path: the path.
+        who: the job's user, which is never one of the distribution's services.
+        file: whether the path may lead to a file; it is then the one that is missing, though C(writers) of it count.
 
     Raises:
         Unsafe: a link is on the way that others than root can have made.
@@ -288,13 +381,17 @@ def reach(path: str) -> Reached:
     only_root = only_system = True
     changer = ""
     links = 0
+
+    def judge(here: str, found: os.stat_result, shown: str) -> None:
+        nonlocal only_root, only_system, changer
+        only_root, only_system = only_root and writers(here, found) == ROOT, only_system and systems(here, found, who)
+        if not only_root and not changer:
+            whose = name_of(found.st_uid) if found.st_uid else "all users" if found.st_mode & 0o002 else _groups(here, found.st_gid)
+            changer = f"{shown} ({whose})"
+
     try:
         while True:
-            found = os.fstat(handle)
-            only_root, only_system = only_root and roots(found), only_system and systems(found)
-            if not roots(found) and not changer:
-                who = name_of(found.st_uid) if found.st_uid else "all users" if found.st_mode & 0o002 else f"the group {group_of(found.st_gid)}"
-                changer = f"/{'/'.join(names)} ({who})"
+            judge(f"/proc/self/fd/{handle}", os.fstat(handle), f"/{'/'.join(names)}")
             if not parts:
                 return Reached(handle, f"/{'/'.join(names)}", [], only_root, only_system, changer)
             part = parts.popleft()
@@ -306,22 +403,32 @@ def reach(path: str) -> Reached:
                 link = _link(part, handle)
                 here = f"/{'/'.join([*names, part])}"
                 if link is None:
+                    if file and not parts:
+                        judge(f"/proc/self/fd/{handle}/{part}", os.stat(part, dir_fd=handle, follow_symlinks=False), here)
+                        return Reached(handle, f"/{'/'.join(names)}", [part], only_root, only_system, changer)
                     raise NotADirectoryError(errno.ENOTDIR, "it is no folder", here) from None
                 links += 1
                 if not only_root or links > LINKS:
-                    raise Unsafe(f"{here} is a link, which others than root can change") from None
+                    raise Unsafe(f"{here} is a link, which others than root can change", changer) from None
                 parts.extendleft(reversed([word for word in link.split("/") if word not in ("", ".")]))
                 if link.startswith("/"):
                     os.close(handle)
                     handle = os.open("/", _WALK)
                     names = []
                 continue
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, f"/{'/'.join([*names, part])}") from None
             os.close(handle)
             handle = entered
             names = names[:-1] if part == ".." else [*names, part]
     except BaseException:
         os.close(handle)
         raise
+
+
+def _groups(path: str, gid: int) -> str:
+    """Return in words who else than root may write by the group's bits."""
+    return "whoever its access control list names" if _listed(path) else f"the group {group_of(gid)}"
 
 
 def _link(name: str, folder: int) -> str | None:
@@ -353,9 +460,25 @@ def pinned(path: str, *names: str) -> t.Iterator[str]:
             for name in names:
                 handle = os.open(name, _WALK, dir_fd=handle)
                 stack.callback(os.close, handle)
-            yield f"/proc/self/fd/{handle}"
+            here = f"/proc/self/fd/{handle}"
+            try:
+                yield here
+            except Exception as error:
+                _named(error, here, os.path.join(path, *names))
+                raise
     finally:
         os.close(found.handle)
+
+
+def _named(error: Exception, here: str, path: str) -> None:
+    """Let an error name a folder by its path: nobody can do anything with a descriptor's."""
+    here = re.escape(here) + r"(?![0-9])"
+    if isinstance(error, OSError):
+        for key in ("filename", "filename2"):
+            if isinstance(getattr(error, key), str):
+                setattr(error, key, re.sub(here, lambda _match: path, getattr(error, key)))
+    else:
+        error.args = tuple(re.sub(here, lambda _match: path, text) if isinstance(text, str) else text for text in error.args)
 
 
 def make_folder(path: str, who: Account | None, mend: bool = False, look: bool = False) -> str:
@@ -376,7 +499,13 @@ def make_folder(path: str, who: Account | None, mend: bool = False, look: bool =
         Unsafe: a link is on the way that others than root can have made, or a folder of root's is in others' hands.
         OSError: it cannot be made.
     """
-    found = reach(path)
+    try:
+        found = reach(path, who)
+    except PermissionError:
+        # Root of a node is nobody on a network file system, and only the user can look into its own folders there.
+        if who is None:
+            raise
+        return str(as_user(who, lambda: _make_own(path, look)))
     try:
         if not found.missing:
             return _mend(found, who, mend, look)
@@ -389,10 +518,18 @@ def make_folder(path: str, who: Account | None, mend: bool = False, look: bool =
             except PermissionError:  # root of a node is nobody on a network file system
                 if who is None:
                     raise
-        as_user(who, lambda: os.makedirs(path, mode=0o755, exist_ok=True))
-        return "made"
+        return str(as_user(who, lambda: _make_own(path, look)))
     finally:
         os.close(found.handle)
+
+
+def _make_own(path: str, look: bool) -> str:
+    """Make a folder with the rights of this process; return what was done."""
+    if os.path.isdir(path):
+        return ""
+    if not look:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+    return "made"
 
 
 def _make(found: Reached, who: Account | None) -> None:
@@ -421,7 +558,7 @@ def _mend(found: Reached, who: Account | None, own: bool, look: bool) -> str:
     here = f"/proc/self/fd/{found.handle}"
     above = os.open("..", _WALK, dir_fd=found.handle)
     try:
-        ours = own and systems(os.fstat(above))
+        ours = own and systems(f"/proc/self/fd/{above}", os.fstat(above), who)
     finally:
         os.close(above)
     if not ours or (who is not None and now.st_uid not in (0, who.uid)):

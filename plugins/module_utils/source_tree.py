@@ -8,6 +8,7 @@ The same functions run on the control node, which packs, and on the nodes, which
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import io
@@ -17,11 +18,11 @@ import tarfile
 import typing as t
 
 # What a project folder holds that no run needs.
-EXCLUDED = (".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".mypy_cache", ".pytest_cache", ".ipynb_checkpoints")
+EXCLUDED = (".git", ".hg", ".svn", "__pycache__", "*.pyc", ".venv", "venv", ".mypy_cache", ".pytest_cache", ".ipynb_checkpoints", "lost+found")
 
 
 class SourceError(Exception):
-    """The source cannot be shipped; the message says why."""
+    """The source cannot be shipped, or not be read; the message says why."""
 
 
 def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
@@ -33,22 +34,54 @@ def files(source: str, excluded: t.Sequence[str] = EXCLUDED) -> dict[str, str]:
     Raises:
         SourceError: the source is missing or a file in it cannot be read.
     """
-    if os.path.isfile(source):
-        return {os.path.basename(source): source}
-    if not os.path.isdir(source):
+    mode = mode_of(source)
+    if mode is None:
         raise SourceError(f"{source} does not exist")
+    if stat.S_ISREG(mode):
+        return {os.path.basename(source): readable(source)}
+    if not stat.S_ISDIR(mode):
+        raise SourceError(f"{source} is neither a file nor a folder")
     found: dict[str, str] = {}
-    for folder, folders, names in os.walk(source, followlinks=True):
+    for folder, folders, names in os.walk(source, followlinks=True, onerror=unreadable):
         kept = [name for name in folders if not matches(name, excluded) and not leads_up(folder, name)]
         folders[:] = sorted(kept)
         for name in names:
             path = os.path.join(folder, name)
-            if matches(name, excluded) or not os.path.isfile(path):
-                continue
-            if not os.access(path, os.R_OK):
-                raise SourceError(f"{path} cannot be read")
-            found[os.path.relpath(path, source)] = path
+            if not matches(name, excluded) and stat.S_ISREG(mode_of(path) or 0):
+                found[os.path.relpath(path, source)] = readable(path)
     return dict(sorted(found.items()))
+
+
+def mode_of(path: str) -> int | None:
+    """Return the mode of what a path leads to, None where nothing is there, as with a link that leads nowhere.
+
+    Raises:
+        SourceError: that cannot be told.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        unreadable(error)
+
+
+def readable(path: str) -> str:
+    """Return the path of a file that can be read.
+
+    Raises:
+        SourceError: it cannot.
+    """
+    if not os.access(path, os.R_OK):
+        unreadable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), path))
+    return path
+
+
+def unreadable(error: OSError) -> t.NoReturn:
+    """Raise the SourceError for a file or folder that cannot be read: a source without it would be another one."""
+    raise SourceError(f"{error.filename} cannot be read ({error.strerror})") from None
 
 
 def leads_up(folder: str, name: str) -> bool:

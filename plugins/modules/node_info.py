@@ -28,7 +28,7 @@ options:
   folders:
     description:
       - What the job's user is to be able to do where, each with C(variable), C(path) and C(use), which is V(write), V(own), V(read),
-        V(run) or V(trust). It is tried with that user's rights; a file that is made for it is removed at once.
+        V(source), V(run) or V(trust). It is tried with that user's rights; a file that is made for it is removed at once.
     type: list
     elements: dict
     default: []
@@ -169,7 +169,7 @@ node:
     access:
       description: >-
         What was found of each of O(folders), with C(error) where the job's user cannot use it, C(real), C(home), C(changer),
-        C(owner), C(mode), C(missing) and C(exists) (whether the user does).
+        C(owner), C(mode), C(missing), C(rootless) (where root cannot make what it has to) and C(exists) (whether the user does).
       type: list
       elements: dict
     torch:
@@ -271,6 +271,30 @@ def answers(question: t.Callable[[str], t.Any], paths: t.Sequence[str]) -> dict[
     return {path: answer for path, answer in found.items() if answer is not None}
 
 
+def there(paths: t.Sequence[str], who: safe_files.Account | None) -> dict[str, bool]:
+    """Return whether each path exists; none of which that cannot be told.
+
+    The job's user is asked first: root of a node is nobody on a network file system, and sees nothing of a private folder there.
+    """
+    found = {}
+    for path in paths:
+        seen = [looked(asked, lambda path=path: exists(path), None) for asked in ([who, None] if who else [None])]
+        if any(answer is not None for answer in seen):
+            found[path] = True in seen
+    return found
+
+
+def exists(path: str) -> bool | None:
+    """Return whether a path exists, None where this process may not know."""
+    try:
+        os.stat(path)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return None
+
+
 def python_version(python: str, who: safe_files.Account | None) -> str:
     """Return the version of the Python for torch, run with the rights of the job's user, or of nobody."""
     runner = who or safe_files.Account("nobody", safe_files.NOBODY, safe_files.NOBODY, ())
@@ -339,7 +363,7 @@ def main() -> None:
         "firewalls": node_facts.firewalls(),
         "disk": answers(node_facts.free_bytes, params["disk_paths"]),
         "file_systems": answers(node_facts.file_system, params["disk_paths"]),
-        "paths": answers(os.path.exists, params["paths"]),
+        "paths": there(params["paths"], reader),
         "access": [folder_access.look(user=params["user"], **entry) for entry in params["folders"]],
         "torch": {path: looked(None, lambda path=path: node_facts.torch_version(path), "") for path in environments},
         "torch_builds": {path: looked(None, lambda path=path: node_facts.torch_build(path), {"cuda": "", "nccl": ""}) for path in environments},

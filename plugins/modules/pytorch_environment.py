@@ -46,6 +46,10 @@ options:
       - The job's user, with whose rights an environment of somebody else's (O(source=existing)) is tried. Made where it is missing.
     type: str
     default: torchrun
+  user_there:
+    description: Whether that user was there when the node was looked at. One that cannot be found any more is not made again.
+    type: bool
+    default: false
   home:
     description: Home of that user where it is made.
     type: path
@@ -269,6 +273,8 @@ def runner(module: AnsibleModule) -> safe_files.Account | None:
     """Return the job's user, with whose rights somebody else's environment runs; it is made where it is missing."""
     name = module.params["user"]
     who = safe_files.account(name)
+    if who is None and module.params["user_there"]:
+        job_user.lost(module, name)
     if who is None and not module.check_mode:
         who = job_user.make(module, name, module.params["home"])
     if who is not None and who.uid == 0:
@@ -309,7 +315,11 @@ def provide_existing(module: AnsibleModule) -> dict[str, t.Any]:
 def only_roots(module: AnsibleModule, *names: str) -> None:
     """Fail where others than root can change what root is about to run."""
     for name in names:
-        who = folder_access.changer(module.params[name])
+        try:
+            who = folder_access.changer(module.params[name])
+        except OSError as error:
+            text = f"pytorch_{name} is {module.params[name]}, which root of the node cannot look at ({error.strerror})"
+            module.fail_json(msg=f"{text}; name a path on a local disk")
         if who:
             text = f"pytorch_{name} is {module.params[name]}, but {who} can be changed by others than root, who runs programs from there"
             module.fail_json(msg=f"{text}; name a path that only root can write")
@@ -455,6 +465,7 @@ def main() -> None:
             "version": {"type": "str", "default": ""},
             "root": {"type": "path", "default": "/opt/onprem.torch"},
             "user": {"type": "str", "default": "torchrun"},
+            "user_there": {"type": "bool", "default": False},
             "home": {"type": "path", "default": "/var/lib/torchrun/train"},
             "index_url": {"type": "str", "default": ""},
             "extra_index_urls": {"type": "list", "elements": "str", "default": []},

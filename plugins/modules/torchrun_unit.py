@@ -37,6 +37,10 @@ options:
     description: System user that the job runs as.
     type: str
     default: torchrun
+  user_there:
+    description: Whether that user was there when the node was looked at. One that cannot be found any more is not made again.
+    type: bool
+    default: false
   folders:
     description:
       - Folders that the job's user writes to. Those that are missing are made; those that are there keep owner and mode, but for
@@ -205,6 +209,8 @@ class Node:
             if self.who.uid == 0:
                 self.module.fail_json(msg=f"torchrun_user is {name}, who has root's rights; name another user")
             return
+        if self.params["user_there"]:
+            job_user.lost(self.module, name)
         self.changes.append(f"user {name}")
         if not self.module.check_mode:
             self.who = job_user.make(self.module, name, self.params["root"])
@@ -212,6 +218,8 @@ class Node:
     def job_user(self) -> safe_files.Account:
         """Return the job's user where it has to exist."""
         found = safe_files.account(self.params["user"])
+        if found is None and self.params["user_there"]:
+            job_user.lost(self.module, self.params["user"])
         if found is None:
             self.module.fail_json(msg=f"there is no user {self.params['user']}; provision the nodes first (playbooks/provision.yml)")
         return found
@@ -240,6 +248,16 @@ class Node:
 
     def keep_release(self) -> None:
         """The release is staged."""
+        try:
+            self.stage()
+        except (OSError, source_tree.SourceError) as error:
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            user = self.params["user"]
+            cure = f"let {user} read all of it (setfacl -R -m u:{user}:rX), or look at its file system, and " if self.params["source_remote"] else ""
+            self.module.fail_json(msg=f"the release {self.params['release']} cannot be staged ({reason}); {cure}run the play again")
+
+    def stage(self) -> None:
+        """Stage the release where it is not."""
         root, release = self.params["root"], self.params["release"]
         if job_folders.staged(root, release, self.who):
             return
@@ -251,12 +269,7 @@ class Node:
             self.module.exit_json(changed=bool(self.changes), needs_archive=True)
         self.changes.append(f"release {release}")
         remote = self.params["source_path"] if self.params["source_remote"] else ""
-        try:
-            job_folders.stage(
-                root, release, self.params["archive"], remote, self.params["programs"], self.params["source_hash"], self.job_user()
-            )
-        except (OSError, source_tree.SourceError) as error:
-            self.module.fail_json(msg=f"the release {release} cannot be staged: {error}; run the play again")
+        job_folders.stage(root, release, self.params["archive"], remote, self.params["programs"], self.params["source_hash"], self.job_user())
 
     def wanted(self, path: str) -> bool:
         """Return whether the unit on disk and the current release are what is asked for."""
@@ -293,7 +306,7 @@ class Node:
     def keep_job_folder(self, root: str) -> None:
         """The job's folder and that of its releases are root's; where somebody else's folder is above, only the second is."""
         try:
-            found = safe_files.reach(root)
+            found = safe_files.reach(root, self.who)
             os.close(found.handle)
         except OSError as error:
             self.module.fail_json(msg=f"{root} cannot be made ({error.strerror}); correct torchrun_root")
@@ -388,6 +401,8 @@ class Node:
             self.module.fail_json(msg=f"{self.unit_name} runs; stop the job on all nodes first (playbooks/stop.yml)")
         who = safe_files.account(self.params["user"])
         if who is None:
+            if self.params["user_there"]:
+                job_user.lost(self.module, self.params["user"])
             return  # a job that has never run here
         pattern = self.params["checkpoint_glob"]
         old = safe_files.as_user(who, lambda: job_folders.checkpoints(folder, pattern), job_folders.SECONDS)
@@ -442,6 +457,13 @@ class Node:
                 return False  # nothing runs
         return texts[0] != texts[1]
 
+    def source_hash(self) -> str:
+        """Return the hash of the staged release's source; empty where it is not whole, or is not read in time."""
+        try:
+            return str(job_folders.staged(self.params["root"], self.params["release"], self.who).get("source_hash", ""))
+        except TimeoutError:
+            return ""
+
     def result(self) -> dict[str, object]:
         """Return what the module tells."""
         params = self.params
@@ -454,7 +476,7 @@ class Node:
             "finished": bool(params["release"]) and job_folders.finished(params["root"], params["release"]),
         }
         if params["release"]:
-            result["source_hash"] = job_folders.staged(params["root"], params["release"], self.who).get("source_hash", "")
+            result["source_hash"] = self.source_hash()
         if params["unit"]:
             result["switch"] = self.secret_changed or self.old_secret_runs() or not self.wanted(self.unit_path)
         if self.diff:
@@ -469,6 +491,7 @@ def main() -> None:
             "job": {"type": "str", "required": True},
             "root": {"type": "path", "required": True},
             "user": {"type": "str", "default": "torchrun"},
+            "user_there": {"type": "bool", "default": False},
             "folders": {"type": "list", "elements": "path", "default": []},
             "checkpoint_dir": {"type": "path", "default": ""},
             "checkpoint_glob": {"type": "str", "default": "*"},

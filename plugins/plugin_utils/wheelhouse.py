@@ -20,6 +20,8 @@ from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
 
 # The oldest C library that today's wheels are built for (manylinux2014, PEP 599).
 OLDEST_GLIBC_MINOR = 17
+# The names of wheels (PEP 427, PEP 440). An index chooses them, and root of the nodes handles files by these names.
+NAME = re.compile(r"[A-Za-z0-9_.+!-]+\.whl")
 
 
 class WheelhouseError(Exception):
@@ -248,5 +250,22 @@ def provide(root: str, wanted: Wanted) -> tuple[str, dict[str, int]]:
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
             download(partial, wanted)
+            wheels_in(partial)
             os.rename(partial, folder)
-    return folder, {name: os.path.getsize(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    return folder, wheels_in(folder)
+
+
+def wheels_in(folder: str) -> dict[str, int]:
+    """Return each wheel of a folder and its size in bytes.
+
+    Raises:
+        WheelhouseError: something else lies there.
+    """
+    names = sorted(os.listdir(folder))
+    strange = [name for name in names if not NAME.fullmatch(name)]
+    if strange:
+        raise WheelhouseError(
+            f"{folder} holds {strange[0]!r}, but names of wheels were expected, of letters, digits and _ . + ! -; "
+            "find out which index gave it this name (pytorch_index_url, pytorch_extra_index_urls) and remove the folder"
+        )
+    return {name: os.path.getsize(os.path.join(folder, name)) for name in names}

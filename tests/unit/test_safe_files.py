@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import grp
 import json
 import os
 import pathlib
+import pwd
 import stat
+import struct
 import threading
 import time
 
 import pytest
-from ansible_collections.onprem.torch.plugins.module_utils import folder_access, job_folders, safe_files
+from ansible_collections.onprem.torch.plugins.module_utils import folder_access, folder_acl, job_folders, safe_files, source_tree
+from ansible_collections.onprem.torch.plugins.modules import node_info, pytorch_environment, torchrun_unit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,6 +70,19 @@ def test_results_and_errors_come_back(place):
         safe_files.as_user(ALICE, lambda: (none for none in ()).throw(ValueError("no")))
     with pytest.raises(RuntimeError, match="killed"):
         safe_files.as_user(ALICE, lambda: os.kill(os.getpid(), 9))
+    with pytest.raises(RuntimeError, match="larger than 4 MiB"):
+        safe_files.as_user(ALICE, lambda: "x" * safe_files.ANSWER)
+    assert len(safe_files.as_user(ALICE, lambda: "x" * (safe_files.ANSWER - 100))) == safe_files.ANSWER - 100
+    with pytest.raises(RuntimeError, match="TypeError.*not JSON"):
+        safe_files.as_user(ALICE, lambda: {1, 2})
+
+
+def test_rights_that_cannot_be_given_up_are_said_so():
+    def again():
+        return safe_files.as_user(safe_files.Account("bob", 1234, 1234, ()), os.getuid)
+
+    with pytest.raises(RuntimeError, match="root's rights cannot be given up for those of bob .*not permitted"):
+        safe_files.as_user(ALICE, again)
 
 
 def test_a_pipe_that_nobody_writes_ends_with_the_time_limit(place):
@@ -185,6 +203,241 @@ def test_below_a_users_folder_the_user_makes_it(roots_place):
     os.chown(roots_place, 1234, 1234)
     with pytest.raises(PermissionError):
         safe_files.make_folder(f"{roots_place}/z", ALICE)
+
+
+# --- who else can change a folder ---
+
+PERSON, SERVICE = 1000, 102
+
+
+@pytest.mark.parametrize(
+    ("gid", "members", "primary", "expected"),
+    [
+        (0, {}, {"root": 0}, safe_files.ROOT),
+        (0, {"root": 0}, {"sync": 5, "halt": 7}, safe_files.ROOT),
+        (0, {"alice": PERSON}, {"root": 0}, safe_files.OTHERS),
+        (50, {}, {}, safe_files.ROOT),
+        (50, {"alice": PERSON}, {}, safe_files.OTHERS),
+        (50, {}, {"alice": PERSON}, safe_files.OTHERS),
+        (50, {"gone": None}, {}, safe_files.OTHERS),
+        (100, {}, {}, safe_files.OTHERS),
+        (100, {}, {"alice": PERSON}, safe_files.OTHERS),
+        (998, {}, {}, safe_files.OTHERS),
+        (998, {"alice": PERSON}, {}, safe_files.OTHERS),
+        (998, {"www-data": 33}, {}, safe_files.OTHERS),
+        (104, {}, {"syslog": SERVICE}, safe_files.SERVICES),
+        (104, {"www-data": 33}, {"syslog": SERVICE}, safe_files.SERVICES),
+        (104, {"alice": PERSON}, {"syslog": SERVICE}, safe_files.OTHERS),
+        (104, {}, {"syslog": SERVICE, "alice": PERSON}, safe_files.OTHERS),
+        (1000, {}, {"www-data": 33}, safe_files.OTHERS),
+        (777, None, {}, safe_files.OTHERS),
+    ],
+)
+def test_a_group_counts_by_who_is_in_it(monkeypatch, gid, members, primary, expected):
+    uids = {name: uid for name, uid in {**(members or {}), **primary}.items() if uid is not None}
+    users = {name: pwd.struct_passwd((name, "x", uid, gid if name in primary else 65000, "", "/", "")) for name, uid in uids.items()}
+    groups = {gid: grp.struct_group(("group", "x", gid, list(members)))} if members is not None else {}
+    monkeypatch.setattr(safe_files.grp, "getgrgid", groups.__getitem__)
+    monkeypatch.setattr(safe_files.pwd, "getpwall", lambda: list(users.values()))
+    monkeypatch.setattr(safe_files.pwd, "getpwnam", users.__getitem__)
+    assert safe_files.writers_of(gid) == expected
+
+
+def reached(path, who=None):
+    found = safe_files.reach(path, who)
+    os.close(found.handle)
+    return found
+
+
+@pytest.mark.parametrize("gid", [100, 60123])
+def test_what_a_group_of_people_can_write_is_no_folder_of_roots(roots_place, gid):
+    os.chown(roots_place, 0, gid)
+    os.chmod(roots_place, 0o2775)
+    found = reached(f"{roots_place}/torch")
+    assert not found.roots and not found.systems and found.changer.startswith(f"{roots_place} (the group ")
+    assert folder_access.changer(f"{roots_place}/torch") == found.changer
+    os.mkdir(f"{roots_place}/torch", 0o755)
+    assert not reached(f"{roots_place}/torch").systems, "its name can be given to another folder"
+    os.chown(f"{roots_place}/torch", 0, 0)
+    assert safe_files.make_folder(f"{roots_place}/torch/x", None) == "made"
+    with pytest.raises(PermissionError):
+        safe_files.make_folder(f"{roots_place}/torch/job", ALICE)
+
+
+def test_a_group_without_anybody_and_links_below_it_are_roots(roots_place):
+    """As Debian has it: /usr/local is root:staff, 2775."""
+    os.chown(roots_place, 0, 50)
+    os.chmod(roots_place, 0o2775)
+    os.mkdir(f"{roots_place}/real", 0o755)
+    os.symlink("real", f"{roots_place}/link")
+    assert reached(f"{roots_place}/link").roots
+    assert folder_access.changer(f"{roots_place}/link/x") == ""
+
+
+def test_a_services_folder_is_fine_for_a_job_but_not_for_what_root_runs(roots_place, monkeypatch):
+    monkeypatch.setattr(safe_files, "writers_of", lambda gid: safe_files.SERVICES if gid == 104 else safe_files.OTHERS)
+    os.chown(roots_place, 0, 104)
+    os.chmod(roots_place, 0o775)
+    assert reached(roots_place, ALICE).systems and not reached(roots_place, ALICE).roots
+    assert folder_access.changer(f"{roots_place}/python3") == f"{roots_place} (the group {safe_files.group_of(104)})"
+    assert not reached(roots_place, ALICE._replace(groups=(65534, 104))).systems, "the job's user is no service"
+    assert not reached(roots_place, ALICE._replace(gid=104)).systems
+
+
+def test_an_access_control_list_counts_as_others(roots_place):
+    """The group's bits are then the most that anybody in the list may do: the mode reads root:root, 0775."""
+    entries = ((1, 7, folder_acl.NO_ID), (2, 7, PERSON), (4, 5, folder_acl.NO_ID), (0x10, 7, folder_acl.NO_ID), (0x20, 5, folder_acl.NO_ID))
+    try:
+        os.setxattr(roots_place, folder_acl.ATTRIBUTE, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries))
+    except OSError:
+        pytest.skip("the file system has no access control lists")
+    assert os.stat(roots_place).st_gid == 0 and os.stat(roots_place).st_mode & 0o020
+    found = reached(roots_place)
+    assert not found.systems and found.changer == f"{roots_place} (whoever its access control list names)"
+
+
+@pytest.mark.parametrize("theirs", ["first", "middle", "last", "last/env", "last/env/bin", "last/env/bin/python3", ""])
+def test_root_runs_nothing_that_anybody_on_the_way_can_change(alice, roots_place, theirs):
+    """Links lead from first by middle to last; whoever has one of these folders gives root another program."""
+    os.makedirs(f"{roots_place}/last/env/bin")
+    for name in ("first", "middle"):
+        os.mkdir(f"{roots_place}/{name}")
+    os.symlink(f"{roots_place}/middle/cur", f"{roots_place}/first/torch")
+    os.symlink("../last/env", f"{roots_place}/middle/cur")
+    pathlib.Path(f"{roots_place}/last/env/bin/python3").write_text("")
+    python = f"{roots_place}/first/torch/bin/python3"
+    if theirs:
+        os.chown(f"{roots_place}/{theirs}", PERSON, PERSON)
+    found = sentences(folder_access.look("pytorch_python", python, "trust", "alice"))
+    found += sentences(folder_access.look("pytorch_root", f"{roots_place}/first/torch", "trust", "alice")) if "bin" not in theirs else []
+    assert len(found) == (0 if not theirs else 1 if "bin" in theirs else 2)
+    assert all(f"{roots_place}/{theirs} ({safe_files.name_of(PERSON)}) can be changed by others than root" in sentence for sentence in found)
+
+
+def test_what_root_cannot_look_at_is_said(alice, roots_place):
+    entry = folder_access.look("pytorch_root", f"{roots_place}/x", "trust", "alice")
+    entry["error"] = "Permission denied"
+    (sentence,) = sentences(entry)
+    assert f"pytorch_root names {roots_place}/x, but root of the node cannot look at it (Permission denied)" in sentence
+
+
+# --- a network file system on which root is nobody, and one that is read-only ---
+
+
+class Capabilities(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+def squashed(work):
+    """Do something as a root without rights of its own, CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, and return the result."""
+
+    def without():
+        libc = ctypes.CDLL(None, use_errno=True)
+        header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (Capabilities * 2)()
+        assert libc.capget(header, data) == 0
+        data[0].effective &= ~0b110
+        data[0].permitted &= ~0b110
+        assert libc.capset(header, data) == 0
+        return work()
+
+    return safe_files.as_user(None, without, 60)
+
+
+def own_home(roots_place):
+    """A home that is its user's alone."""
+    home = f"{roots_place}/alice"
+    os.mkdir(home, 0o700)
+    os.chown(home, ALICE.uid, ALICE.gid)
+    return home
+
+
+def test_in_a_private_folder_where_root_is_nobody_the_user_decides(alice, roots_place):
+    home = own_home(roots_place)
+    for path, use in ((f"{home}/ckpt", "write"), (f"{home}/a/b", "write"), (f"{home}/data", "read"), (f"{home}/project", "source")):
+        variable = {"write": "torchrun_checkpoint_dir", "read": "torchrun_data_paths", "source": "torchrun_source"}[use]
+        if use != "write":
+            os.mkdir(path, 0o700)
+            os.chown(path, ALICE.uid, ALICE.gid)
+        assert sentences(squashed(lambda: folder_access.look(variable, path, use, "alice"))) == []
+    os.chmod(f"{home}/data", 0)
+    (sentence,) = sentences(squashed(lambda: folder_access.look("torchrun_data_paths", f"{home}/data", "read", "alice")))
+    assert "the job's user alice cannot open and list it (Permission denied)" in sentence
+    os.symlink("/etc", f"{home}/link")
+    (sentence,) = sentences(squashed(lambda: folder_access.look("torchrun_checkpoint_dir", f"{home}/link", "write", "alice")))
+    assert "leads to /etc" in sentence
+
+
+def test_where_root_is_nobody_the_user_makes_its_folders(roots_place):
+    home = own_home(roots_place)
+    os.mkdir(f"{home}/x", 0o700)
+    os.chown(f"{home}/x", ALICE.uid, ALICE.gid)
+    path = f"{home}/x/y/z"
+    assert squashed(lambda: safe_files.make_folder(path, ALICE, look=True)) == "made" and not os.path.exists(path)
+    assert squashed(lambda: safe_files.make_folder(path, ALICE)) == "made"
+    assert os.stat(path).st_uid == ALICE.uid
+    assert squashed(lambda: safe_files.make_folder(path, ALICE)) == ""
+    with pytest.raises(PermissionError):
+        squashed(lambda: safe_files.make_folder(f"{path}/roots", None))
+
+
+def test_paths_are_looked_for_as_the_user_and_what_nobody_may_know_is_not_said(roots_place):
+    home = own_home(roots_place)
+    os.makedirs(f"{home}/data/shut")
+    for name in ("data", "data/shut"):
+        os.chown(f"{home}/{name}", ALICE.uid, ALICE.gid)
+    os.chmod(f"{home}/data/shut", 0o700)
+    paths = [f"{home}/data", f"{home}/none", f"{home}/data/shut/x", roots_place]
+    assert squashed(lambda: node_info.there(paths, ALICE)) == {f"{home}/data": True, f"{home}/none": False, f"{home}/data/shut/x": False, roots_place: True}
+    os.chown(f"{home}/data/shut", 1234, 1234)
+    assert f"{home}/data/shut/x" not in squashed(lambda: node_info.there(paths, ALICE))
+    assert squashed(lambda: node_info.there(paths, None)) == {roots_place: True}
+    assert node_info.there(paths, None) == {f"{home}/data": True, f"{home}/none": False, f"{home}/data/shut/x": False, roots_place: True}
+
+
+def test_a_jobs_folder_in_which_root_is_nobody_is_told_before_anything_changes(alice, roots_place):
+    home = own_home(roots_place)
+    os.chmod(home, 0o755)
+    for made in (False, True):
+        entries = [
+            squashed(lambda use=use, path=path: folder_access.look(variable, f"{home}/train/{path}", use, "alice"))
+            for variable, path, use in (("torchrun_root", "work", "own"), ("torchrun_root", "state", "own"), ("torchrun_checkpoint_dir", "checkpoints", "own"))
+        ]
+        (sentence,) = sentences(*entries)
+        assert sentence == (
+            f"n1: torchrun_root leads to {home}/train/work, but root of the node cannot write in {home}{'/train' if made else ''} "
+            "(root_squash of a network file system?), where it keeps the job's releases; set torchrun_root to a folder on a local disk."
+        )
+        assert not sentences(folder_access.look("torchrun_root", f"{home}/train/work", "own", "alice")), "on a local disk root may"
+        safe_files.make_folder(f"{home}/train/work", ALICE)
+    os.chmod(home, 0o700)
+    (sentence,) = sentences(squashed(lambda: folder_access.look("torchrun_root", f"{home}/train/work", "own", "alice")))
+    assert f"root of the node cannot write in {home}" in sentence
+
+
+@pytest.mark.parametrize("user", ["alice", "bob"])
+@pytest.mark.parametrize(("use", "start"), [("own", "torchrun_root leads to"), ("write", "torchrun_log_root names")])
+def test_what_root_cannot_make_on_a_read_only_file_system_is_told(alice, roots_place, monkeypatch, user, use, start):
+    variable = start.split()[0]
+    assert not sentences(folder_access.look(variable, f"{roots_place}/a/b", use, user))
+    monkeypatch.setattr(folder_access.os, "access", lambda path, _mode: False)
+    monkeypatch.setattr(folder_access.os, "statvfs", lambda path: type("Found", (), {"f_flag": os.ST_RDONLY}))
+    (sentence,) = sentences(folder_access.look(variable, f"{roots_place}/a/b", use, user))
+    assert start in sentence and f"{roots_place} (its file system is read-only)" in sentence
+
+
+@pytest.mark.parametrize("name", ["", "releases"])
+def test_errors_name_folders_by_their_paths(roots_place, name):
+    os.makedirs(f"{roots_place}/releases")
+    real = os.path.join(roots_place, name).rstrip("/")
+    with pytest.raises(FileNotFoundError) as error, safe_files.pinned(roots_place, *filter(None, [name])) as here:
+        os.rename(f"{here}/a", f"{here}/b")
+    assert (error.value.filename, error.value.filename2) == (f"{real}/a", f"{real}/b")
+    with pytest.raises(source_tree.SourceError) as error, safe_files.pinned(roots_place, *filter(None, [name])) as here:
+        source_tree.files(f"{here}/project")
+    assert str(error.value) == f"{real}/project does not exist"
+
+
+# --- while another one changes names ---
 
 
 def swapping(folder, target, until):
@@ -310,8 +563,6 @@ def test_an_odd_mark_is_no_end(roots_place):
 
 
 def test_a_release_is_for_root_and_the_jobs_user_alone(roots_place, tmp_path):
-    from ansible_collections.onprem.torch.plugins.module_utils import source_tree
-
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / ".env").write_text("TOKEN=planted")
     (tmp_path / "p" / "run.sh").write_text("")
@@ -346,6 +597,55 @@ def test_a_release_is_for_root_and_the_jobs_user_alone(roots_place, tmp_path):
     for name in ("current", "releases", "work", "state"):
         job_folders.remove(roots_place, name)
     assert os.listdir(roots_place) == []
+
+
+@pytest.fixture
+def project(roots_place):
+    """A project on the node, and a job's folder beside it."""
+    folder = f"{roots_place}/project"
+    os.makedirs(f"{folder}/pkg")
+    os.makedirs(f"{roots_place}/job/releases")
+    for name in ("train.py", "pkg/model.py"):
+        pathlib.Path(folder, name).write_text(name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("", 0o700), ("", 0o744), ("pkg", 0o700), ("pkg", 0o744), ("pkg/model.py", 0o600), ("train.py", 0o600), ("../project", 0)]
+)
+def test_a_source_on_the_node_is_staged_whole_or_not_at_all(project, roots_place, name, mode):
+    job = f"{roots_place}/job"
+    job_folders.stage(job, "whole", "", project, {}, "", ALICE)
+    whole = job_folders.staged(job, "whole", ALICE)["source_hash"]
+    os.chmod(f"{project}/{name}", mode)
+    with pytest.raises(source_tree.SourceError, match=r"project.* cannot be read \(Permission denied\), as alice reads it"):
+        job_folders.stage(job, "part", "", project, {}, "", ALICE)
+    assert not os.path.exists(f"{job}/releases/part") and job_folders.staged(job, "whole", ALICE) == {}
+    os.chmod(f"{project}/{name}", 0o755)
+    assert whole == source_tree.tree_hash(source_tree.files(project)) or name.endswith(".py")
+
+
+def test_a_source_on_the_node_that_is_gone_or_late_is_said_so(project, roots_place, monkeypatch):
+    job = f"{roots_place}/job"
+    job_folders.stage(job, "abc", "", project, {}, "", ALICE)
+    monkeypatch.setattr(job_folders, "SECONDS", 0.2)
+    monkeypatch.setattr(job_folders.source_tree, "files", lambda _source: time.sleep(60))
+    for work in (lambda: job_folders.stage(job, "def", "", project, {}, "", ALICE), lambda: job_folders.staged(job, "abc", ALICE)):
+        with pytest.raises(TimeoutError, match="it was not read within") as error:
+            work()
+        assert error.value.filename == project
+    monkeypatch.undo()
+    with pytest.raises(source_tree.SourceError, match="none does not exist, as alice reads it"):
+        job_folders.stage(job, "def", "", f"{roots_place}/none", {}, "", ALICE)
+
+
+def test_what_was_staged_in_part_is_no_release_and_goes(roots_place):
+    names = ["a", "b", "c", "d", "new.partial", "old.partial"]
+    for age, name in enumerate(names):
+        os.makedirs(f"{roots_place}/releases/{name}/source")
+        os.utime(f"{roots_place}/releases/{name}", (1e9 + age, 1e9 + age))
+    job_folders.prune(roots_place, {"a"}, 2)
+    assert sorted(os.listdir(f"{roots_place}/releases")) == ["a", "c", "d"]
 
 
 def test_a_unit_that_root_did_not_write_is_never_gone_back_to(roots_place):
@@ -457,8 +757,85 @@ def test_root_runs_nothing_that_others_can_change(alice, roots_place):
     assert f"{roots_place}/env (1234) can be changed by others than root" in sentence
 
 
+def test_a_source_on_the_node_is_tried_too(alice, roots_place):
+    variables = {"torchrun_root": "/srv/t", "torchrun_source": f"remote:{roots_place}"}
+    (question,) = [each for each in folder_access.questions(variables, "train") if each["variable"] == "torchrun_source"]
+    assert not sentences(folder_access.look(**question, user="alice"))
+    os.chmod(roots_place, 0o700)
+    (sentence,) = sentences(folder_access.look(**question, user="alice"))
+    assert f"torchrun_source names {roots_place}, but the job's user alice cannot open and list it (Permission denied)" in sentence
+    (sentence,) = sentences(folder_access.look(**question, user="bob"))
+    assert "bob (yet to be made) will not be able to open and list it" in sentence
+    assert not [each for each in folder_access.questions({"torchrun_source": "/here"}, "train") if each["variable"] == "torchrun_source"]
+
+
+class Ended(Exception):
+    """A module that ended with a sentence."""
+
+
+class Module:
+    """As much of an AnsibleModule as these functions use; it makes nobody."""
+
+    check_mode = False
+
+    def __init__(self, **params):
+        self.params = {"user": "nosuchuser", "user_there": True, "job": "train", "root": "/nowhere", "home": "/nowhere", **params}
+
+    def fail_json(self, msg):
+        raise Ended(msg)
+
+    def run_command(self, command, **_options):
+        raise Ended(f"would run {command[0]}")
+
+
+@pytest.mark.parametrize("check_mode", [False, True])
+@pytest.mark.parametrize("work", [lambda module: torchrun_unit.Node(module).keep_user(), pytorch_environment.runner])
+def test_a_user_that_was_there_is_not_made_again(work, check_mode):
+    module = Module()
+    module.check_mode = check_mode
+    with pytest.raises(Ended, match="nosuchuser was there when the node was looked at and cannot be found now; .*sssd"):
+        work(module)
+    module.params["user_there"] = False
+    if not check_mode:
+        with pytest.raises(Ended, match="would run useradd"):
+            work(module)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            source_tree.SourceError("/p/x cannot be read (Permission denied), as alice reads it"),
+            "the release abc cannot be staged (/p/x cannot be read (Permission denied), as alice reads it); "
+            "let nosuchuser read all of it (setfacl -R -m u:nosuchuser:rX), or look at its file system, and run the play again",
+        ),
+        (
+            TimeoutError(110, "it was not read within 120 s", "/p"),
+            "the release abc cannot be staged (/p: it was not read within 120 s); "
+            "let nosuchuser read all of it (setfacl -R -m u:nosuchuser:rX), or look at its file system, and run the play again",
+        ),
+    ],
+)
+def test_a_release_that_cannot_be_staged_says_why(monkeypatch, error, sentence):
+    def fails(*_arguments):
+        raise error
+
+    node = torchrun_unit.Node(Module(release="abc", source_remote=True))
+    monkeypatch.setattr(torchrun_unit.job_folders, "staged", fails)
+    with pytest.raises(Ended) as ended:
+        node.keep_release()
+    assert str(ended.value) == sentence
+
+
+def test_the_checkpoints_of_a_user_that_cannot_be_found_are_not_taken_for_none():
+    node = torchrun_unit.Node(Module(checkpoint_dir="/nowhere"))
+    node.active = lambda: False
+    with pytest.raises(Ended, match="cannot be found now"):
+        node.fresh()
+
+
 def test_what_a_node_tells_is_json(alice, roots_place):
-    for use in ("write", "own", "read", "run", "trust"):
+    for use in ("write", "own", "read", "source", "run", "trust"):
         json.dumps(folder_access.look("torchrun_root", f"{roots_place}/a/b/c", use, "alice"))
 
 

@@ -73,7 +73,7 @@ def test_any_change_changes_the_hash(tree, data):
 
 
 def test_what_no_run_needs_stays_behind(tmp_path):
-    for name in ("train.py", ".git/config", "__pycache__/x.pyc", "venv/bin/python", "pkg/__pycache__/y.pyc", "pkg/m.py"):
+    for name in ("train.py", ".git/config", "__pycache__/x.pyc", "venv/bin/python", "pkg/__pycache__/y.pyc", "pkg/m.py", "lost+found/x"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
@@ -89,6 +89,30 @@ def test_one_file_is_a_source(tmp_path):
 def test_a_missing_source_is_said_so(tmp_path):
     with pytest.raises(source_tree.SourceError, match="does not exist"):
         source_tree.files(str(tmp_path / "nosuch"))
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(source_tree.SourceError, match="pipe is neither a file nor a folder"):
+        source_tree.files(str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("hidden", ["", "pkg", "pkg/inner", "pkg/inner/m.py"])
+def test_a_part_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, hidden):
+    (tmp_path / "pkg" / "inner").mkdir(parents=True)
+    (tmp_path / "pkg" / "inner" / "m.py").write_text("x")
+    shut, scandir, access = str(tmp_path / hidden).rstrip("/"), os.scandir, os.access
+
+    def refusing(path):
+        if path == shut:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != shut and access(path, mode))
+    with pytest.raises(source_tree.SourceError) as error:
+        source_tree.files(str(tmp_path))
+    assert str(error.value) == f"{shut} cannot be read (Permission denied)"
 
 
 def test_links_are_followed_and_broken_ones_left_out(tmp_path):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import subprocess
+import tempfile
 import zipfile
 
 import pytest
+from ansible_collections.onprem.torch.plugins.action import pytorch_environment
 from ansible_collections.onprem.torch.plugins.plugin_utils import wheelhouse
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 PLATFORM = {"architecture": "x86_64", "glibc": "2.36", "python": "3.11.2"}
@@ -107,3 +111,40 @@ def test_a_full_disk_is_named():
 def test_what_is_not_there_is_named_with_the_variables_to_correct(index, tmp_path):
     with pytest.raises(wheelhouse.WheelhouseError, match="nothere==9.*correct pytorch_version"):
         wheelhouse.provide(str(tmp_path / "house"), wanted(index, "nothere==9"))
+
+
+@pytest.mark.parametrize("name", ["a';touch x;'.whl", "$(id).whl", "a b-1.0.whl", "a\n.whl", "a`id`.whl", "ä-1.0-py3-none-any.whl", "x.tar.gz", ".partial"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_index_chooses_no_name_but_a_wheels(index, tmp_path, monkeypatch, name, kept):
+    def download(folder, _wanted):
+        with open(os.path.join(folder, name), "w"):
+            pass
+
+    want = wanted(index, "onpremexample")
+    if kept:  # by a version that took any name
+        (tmp_path / wheelhouse.key(want)).mkdir()
+        download(tmp_path / wheelhouse.key(want), want)
+    monkeypatch.setattr(wheelhouse, "download", download)
+    with pytest.raises(wheelhouse.WheelhouseError, match="holds .*, but names of wheels were expected.*find out which index") as caught:
+        wheelhouse.provide(str(tmp_path), want)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / wheelhouse.key(want)).exists() == kept
+
+
+@pytest.mark.parametrize("name", ["torch-2.13.0+cu130-cp311-cp311-manylinux_2_28_x86_64.whl", "a-1!2.0-1-py2.py3-none-any.whl"])
+def test_names_of_wheels_are_taken(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert wheelhouse.wheels_in(str(tmp_path)) == {name: 1}
+
+
+@settings(max_examples=25)
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda name: name.strip(".")))
+def test_no_name_says_anything_to_the_shell_that_moves_wheels(name):
+    with tempfile.TemporaryDirectory() as place:
+        source, final = os.path.join(place, "from", name), os.path.join(place, "to", name)
+        os.mkdir(os.path.dirname(source))
+        os.mkdir(os.path.dirname(final))
+        with open(source, "w") as stream:
+            stream.write("x")
+        subprocess.run(["/bin/sh", "-c", pytorch_environment.moving(source, final)], check=True, cwd=place)
+        assert sorted(os.listdir(place)) == ["from", "to"] and os.listdir(os.path.dirname(final)) == [name]
