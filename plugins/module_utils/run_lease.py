@@ -19,7 +19,7 @@ import time
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import invoker, node_lock
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, invoker, node_lock
 
 NAME = "run.json"
 # Who reads or writes the lease is done within milliseconds.
@@ -62,15 +62,33 @@ def read(folder: str = node_lock.FOLDER) -> dict[str, t.Any]:
 
 def shaped(found: t.Any) -> dict[str, t.Any]:
     """Return a lease whose every part is what it should be, and can be shown; empty for anything else."""
-    if not isinstance(found, dict) or not isinstance(found.get("id"), str) or not found["id"]:
+    if not isinstance(found, dict):
         return {}
     lease: dict[str, t.Any] = {}
     for key in TEXTS:
-        lease[key] = "".join(letter for letter in str(found.get(key, ""))[:LONGEST] if letter.isprintable())
+        value = found.get(key, "")
+        lease[key] = "".join(letter for letter in value[:LONGEST] if letter.isprintable()) if isinstance(value, str) else ""
     for key in NUMBERS:
-        value = found.get(key, 0)
-        lease[key] = value if isinstance(value, (int, float)) and abs(value) < 1e15 else 0
-    return lease
+        lease[key] = number(found.get(key, 0))
+    return lease if lease["id"] else {}
+
+
+def number(value: t.Any) -> float:
+    """Return a number with which one can go on; 0 for anything else."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e15 else 0
+
+
+def answered(found: t.Any) -> dict[str, t.Any]:
+    """Return what a node tells of its lease (see ``told``), whose every part is what it should be; empty for anything else.
+
+    Whoever is root on one node must not shape what happens on the control node. ``problem`` is why it could not tell.
+    """
+    if not isinstance(found, dict) or not found:
+        return {}
+    if isinstance(found.get("problem"), str) and found["problem"]:
+        return {"problem": hostile_input.printable(" ".join(found["problem"].split()))}
+    lease = shaped(found.get("lease"))
+    return {"taken": bool(lease) and found.get("taken") is True, "lease": lease, "silent": max(number(found.get("silent")), 0)}
 
 
 def may_take(present: t.Mapping[str, t.Any], wanted: str, over: t.Collection[str]) -> bool:
