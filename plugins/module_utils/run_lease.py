@@ -158,25 +158,28 @@ def require(run: t.Mapping[str, t.Any], folder: str = node_lock.FOLDER) -> None:
 
 @contextlib.contextmanager
 def at_work(run: t.Mapping[str, t.Any], folder: str = node_lock.FOLDER) -> t.Iterator[None]:
-    """Renew the lease as long as the block runs. Raises what ``require`` raises, at the beginning only."""
+    """Renew the lease as long as the block runs and somebody waits for the module. Raises what ``require`` raises, at the beginning only."""
     if not run:
         yield
         return
     require(run, folder)
     done = threading.Event()
 
-    def renew() -> None:
-        while not done.wait(SECONDS_BETWEEN_RENEWALS):
-            with contextlib.suppress(node_lock.Busy, OSError):
-                require(run, folder)
+    # Made once: one that is made after whoever asked has gone knows nothing of it.
+    with invoker.Invoker() as asker:
 
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        def renew() -> None:
+            while not done.wait(SECONDS_BETWEEN_RENEWALS) and not asker.gone():
+                with contextlib.suppress(node_lock.Busy, OSError):
+                    require(run, folder)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def described(lease: t.Mapping[str, t.Any]) -> str:
@@ -192,11 +195,13 @@ def alive(lease: t.Mapping[str, t.Any], silent: float, control: str) -> bool:
     Args:
         lease: its lease.
         silent: seconds since its last sign of life on any node.
-        control: the control node that asks. Its own processes are looked at; of another one's nothing else is known.
+        control: the control node that asks. Its own processes are looked at; of another one's nothing else is known, and
+            of a hidden one not even whether it is the run or got its id later.
     """
     if lease["control"] == control:
         known = invoker.stat(int(lease["pid"]))
-        return bool(known) and known[2] == lease["start"]
+        if known or not invoker.hidden(int(lease["pid"])):
+            return bool(known) and known[2] == lease["start"]
     return silent < STALE
 
 
