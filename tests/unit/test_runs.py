@@ -16,16 +16,16 @@ from ansible.plugins import loader as plugins
 from ansible.template import Templar
 from ansible.vars.hostvars import HostVars
 from ansible.vars.manager import VariableManager
-from ansible_collections.onprem.torch.plugins.action import cluster_run
+from ansible_collections.onprem.torch.plugins.action import cluster_run, nvidia_packages, peer_firewall, pytorch_environment, torchrun_unit
 from ansible_collections.onprem.torch.plugins.module_utils import run_lease
-from ansible_collections.onprem.torch.plugins.plugin_utils import runs, terminal
+from ansible_collections.onprem.torch.plugins.plugin_utils import given_up, runs, terminal
 from hypothesis import given
 from hypothesis import strategies as st
 
 LEASE = run_lease.shaped({"id": "x", "who": "ops@desk", "verb": "train", "job": "train", "control": "there", "pid": 1, "start": 1})
 
 
-def surroundings(tmp_path, variables):
+def surroundings(tmp_path, variables, action=cluster_run):
     """An action of the host a, whose modules run on this machine, and Ansible's hostvars."""
     hosts = {"a": {"ansible_connection": "local", "ansible_remote_tmp": str(tmp_path / "remote"), "ansible_become": False, **variables}}
     (tmp_path / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts}}))
@@ -37,7 +37,7 @@ def surroundings(tmp_path, variables):
     context = PlayContext()
     connection = plugins.connection_loader.get("local", context)
     task = Task.load({"onprem.torch.cluster_run": {}}, variable_manager=manager, loader=loader)
-    return cluster_run.ActionModule(task, connection, context, loader, Templar(loader, {}), plugins), hostvars
+    return action.ActionModule(task, connection, context, loader, Templar(loader, {}), plugins), hostvars
 
 
 @pytest.fixture
@@ -143,3 +143,18 @@ def test_of_several_nodes_those_that_cannot_be_given_back_are_named(monkeypatch,
     monkeypatch.setattr(runs, "ask", lambda _action, arguments, _hostvars: {host: {"problem": "busy" if host == "b" else "", "run": {}} for host in arguments})
     runs.give_back(None, {"a": LEASE, "b": LEASE}, None)
     assert said == ["b: the lease could not be given back (busy); it ends with this run"]
+
+
+@pytest.mark.parametrize("module", [nvidia_packages, peer_firewall, pytorch_environment, torchrun_unit])
+def test_whatever_ends_the_task_ends_the_connection_of_a_module_that_may_wait(tmp_path, monkeypatch, module):
+    action, hostvars = surroundings(tmp_path, {}, module)
+    asked = []
+
+    def execute(*_arguments, **_named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(action, "_execute_module", execute)
+    monkeypatch.setattr(given_up, "children", lambda parent: asked.append(parent) or [])
+    with pytest.raises(KeyboardInterrupt):
+        action.run(task_vars={"inventory_hostname": "a", "hostvars": hostvars})
+    assert asked == [os.getpid()]
