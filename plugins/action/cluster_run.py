@@ -31,7 +31,7 @@ class ActionModule(ActionBase):
         task_vars = task_vars or {}
         _validation, arguments = self.validate_argument_spec(
             argument_spec={
-                "state": {"type": "str", "choices": ["taken", "looked", "given_back"], "default": "looked"},
+                "state": {"type": "str", "choices": ["taken", "looked", "given_back", "ended"], "default": "looked"},
                 "verb": {"type": "str", "default": ""},
                 "job": {"type": "raw", "default": ""},
                 # What is no number or no truth is named by the plan, with all else that is wrong.
@@ -47,6 +47,8 @@ class ActionModule(ActionBase):
             self._give_back_one(str(task_vars.get("inventory_hostname")), lease, task_vars)
             return result
         self.hostvars = task_vars["hostvars"]
+        if arguments["state"] == "ended":
+            return {**result, "skipped": not self._ended(task_vars)}
         hosts = list(task_vars.get("ansible_play_hosts_all") or [])
         told = {host: runs.told(self.hostvars.raw_get(host)) for host in hosts}
         me = runs.identity(arguments["verb"], str(arguments["job"]))
@@ -97,6 +99,17 @@ class ActionModule(ActionBase):
                     terminal.show([f"{run_lease.described(lease)} has ended without giving the cluster back; it is taken over"])
             answers = runs.ask(self, {host: {"state": "taken", "run": me, "over": now.over} for host in hosts}, self.hostvars)
             told = {host: {"problem": answer["problem"]} if answer["problem"] else answer["run"] for host, answer in answers.items()}
+
+    def _ended(self, task_vars: dict[str, t.Any]) -> bool:
+        """Give all nodes back where a host of the play has failed; return whether one has.
+
+        Ansible has no tasks that run after a play whose hosts have failed, but runs those of C(always) for all of them.
+        """
+        hosts = list(task_vars.get("ansible_play_hosts_all") or [])
+        if len(task_vars.get("ansible_play_hosts") or []) == len(hosts):
+            return False
+        runs.give_back(self, runs.holding(hosts, self.hostvars), self.hostvars)
+        return True
 
     def _give_back_one(self, host: str, lease: dict[str, t.Any], task_vars: dict[str, t.Any]) -> None:
         """Give back the node of the task. Where that cannot be, what the run has done is done all the same."""

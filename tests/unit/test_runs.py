@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from ansible.errors import AnsibleConnectionFailure
 from ansible.inventory.manager import InventoryManager
 from ansible.parsing.dataloader import DataLoader
@@ -22,6 +25,7 @@ from ansible_collections.onprem.torch.plugins.plugin_utils import given_up, runs
 from hypothesis import given
 from hypothesis import strategies as st
 
+ROOT = Path(__file__).resolve().parents[2]
 LEASE = run_lease.shaped({"id": "x", "who": "ops@desk", "verb": "train", "job": "train", "control": "there", "pid": 1, "start": 1})
 
 
@@ -158,3 +162,68 @@ def test_whatever_ends_the_task_ends_the_connection_of_a_module_that_may_wait(tm
     with pytest.raises(KeyboardInterrupt):
         action.run(task_vars={"inventory_hostname": "a", "hostvars": hostvars})
     assert asked == [os.getpid()]
+
+
+def plays(book, given=None):
+    """The plays of a playbook and of those that it imports, in their order, and the verb for which its look takes the nodes."""
+    found, verb = [], ""
+    for each in yaml.safe_load(book.read_text()):
+        if "ansible.builtin.import_playbook" in each:
+            variables = {**each.get("vars", {}), **(given or {})}
+            inner, taken = plays(book.parent / each["ansible.builtin.import_playbook"], variables)
+            found += inner
+            verb = variables.get("look_takes", taken)
+        else:
+            found.append(each)
+    return found, verb
+
+
+def gives_back(task):
+    told = task.get("onprem.torch.cluster_run", {}).get("state")
+    if told in ("given_back", "ended"):
+        assert task["tags"] == ["always"], f"{task['name']}: with --tags the nodes are taken all the same"
+        assert bool(task.get("run_once")) == (told == "ended")
+    return told
+
+
+@pytest.mark.parametrize("book", [path for path in sorted((ROOT / "playbooks").glob("*.yml")) if plays(path)[1]], ids=lambda path: path.stem)
+def test_a_verb_that_takes_the_nodes_gives_them_back_however_it_ends(book):
+    """What comes between its look and where it gives them back stands in blocks that do so where it fails."""
+    held = False
+    for play in plays(book)[0]:
+        if any(task.get("ansible.builtin.import_role", {}).get("name") == "onprem.torch.cluster" for task in play["tasks"]):
+            held = True  # the plan gives them back where it fails
+            continue
+        for task in play["tasks"]:
+            if "block" in task:
+                ends = [gives_back(each) for each in task["always"]]
+                assert "ended" in ends, play["name"]
+                held = held and not ("given_back" in ends and book.stem == "stop")
+            elif gives_back(task):
+                held = False
+            else:
+                only_looks = "onprem.torch.show" in task or task.get("ansible.builtin.import_role", {}).get("tasks_from") == "status"
+                assert not held or only_looks or play["hosts"] == "localhost", (play["name"], task["name"])
+    assert not held
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a /run of its own")
+@pytest.mark.parametrize("serial, bad, kept", [("100%", "none", True), ("100%", "b", False), (1, "a", False)])
+def test_a_run_that_fails_gives_all_nodes_back(tmp_path, serial, bad, kept):
+    """In Ansible's own hands: whichever host fails, the nodes of the others are given back, too."""
+    task = {"onprem.torch.cluster_run": {"state": "ended"}, "run_once": True}
+    work = {"ansible.builtin.command": "/bin/false", "when": f"inventory_hostname == '{bad}'"}
+    found = {"run": {"taken": True, "lease": LEASE}}
+    common = {"hosts": "all", "gather_facts": False, "any_errors_fatal": True}
+    look = {**common, "tasks": [{"ansible.builtin.set_fact": {"__cluster_node": found}}]}
+    play = {**common, "serial": serial, "tasks": [{"block": [work], "always": [task]}]}
+    local = {"ansible_connection": "local", "ansible_become": False, "ansible_python_interpreter": sys.executable}
+    (tmp_path / "book.yml").write_text(json.dumps([look, play]))
+    (tmp_path / "hosts.yml").write_text(json.dumps({"all": {"hosts": {"a": local, "b": local, "c": local}}}))
+    (tmp_path / "run.json").write_text(json.dumps(LEASE))
+    command = f"""mount -t tmpfs tmpfs /run && mkdir -m 755 /run/onprem.torch && cp {tmp_path}/run.json /run/onprem.torch/ || exit 99
+{sys.executable} -m ansible playbook -i {tmp_path}/hosts.yml {tmp_path}/book.yml; code=$?
+test -e /run/onprem.torch/run.json && echo kept; exit $code"""
+    ended = subprocess.run(["unshare", "--mount", "sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False)
+    assert ended.returncode == (0 if bad == "none" else 2), ended.stdout
+    assert ("kept" in ended.stdout.splitlines()) == kept and "could not be given back" not in ended.stdout, ended.stdout
