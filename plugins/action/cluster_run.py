@@ -9,13 +9,12 @@ import random
 import time
 import typing as t
 
+from ansible.errors import AnsibleError
 from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from ansible_collections.onprem.torch.plugins.module_utils import problems, run_lease
-from ansible_collections.onprem.torch.plugins.plugin_utils import runs
+from ansible_collections.onprem.torch.plugins.plugin_utils import runs, terminal
 
-display = Display()
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -32,7 +31,7 @@ class ActionModule(ActionBase):
         task_vars = task_vars or {}
         _validation, arguments = self.validate_argument_spec(
             argument_spec={
-                "state": {"type": "str", "choices": ["taken", "looked", "given_back"], "default": "looked"},
+                "state": {"type": "str", "choices": ["taken", "looked", "given_back", "ended"], "default": "looked"},
                 "verb": {"type": "str", "default": ""},
                 "job": {"type": "raw", "default": ""},
                 # What is no number or no truth is named by the plan, with all else that is wrong.
@@ -45,16 +44,18 @@ class ActionModule(ActionBase):
             lease = runs.carried(task_vars)
             if not lease:
                 return {**result, "skipped": True}
-            told = self._execute_module(runs.MODULE, {"state": "given_back", "run": lease}, task_vars=task_vars)
-            return {**result, "failed": bool(told.get("failed")), "msg": str(told.get("msg") or "")}
+            self._give_back_one(str(task_vars.get("inventory_hostname")), lease, task_vars)
+            return result
         self.hostvars = task_vars["hostvars"]
+        if arguments["state"] == "ended":
+            return {**result, "skipped": not self._ended(task_vars)}
         hosts = list(task_vars.get("ansible_play_hosts_all") or [])
-        told = {host: (self.hostvars.raw_get(host).get("__cluster_node") or {}).get("run") or {} for host in hosts}
+        told = {host: runs.told(self.hostvars.raw_get(host)) for host in hosts}
         me = runs.identity(arguments["verb"], str(arguments["job"]))
         if arguments["state"] != "taken" or not arguments["verb"] or task_vars.get("ansible_check_mode"):
             holders = [run_lease.described(lease) for lease in run_lease.standing(told, me, False).others.values()]
             for text in holders:
-                display.warning(f"{text} is changing this cluster")
+                terminal.warn(f"{text} is changing this cluster")
             return {**result, "waited": False, "holders": holders}
         return {**result, **self._settle(me, told, seconds(arguments["wait"]), truth(arguments["take_over"]))}
 
@@ -86,18 +87,38 @@ class ActionModule(ActionBase):
                         "or take the cluster over with -e cluster_take_over=true.",
                     }
                 if text != said:
-                    display.display(f"\nwaiting up to {deadline - time.monotonic():.0f} s for {text}\n")
+                    terminal.show([f"waiting up to {deadline - time.monotonic():.0f} s for {text}"])
                     said = text
                 # Two runs that each got some nodes: who began earlier tries again earlier.
                 older = all((me["since"], me["id"]) < (lease["since"], lease["id"]) for lease in now.others.values())
                 time.sleep(SECONDS_BETWEEN_LOOKS * (0.2 if older else 1) * (1 + random.random()))
             else:
                 for lease in now.interrupted.values():
-                    display.warning(f"{run_lease.described(lease)} is interrupted: it changes nothing any more")
+                    terminal.warn(f"{run_lease.described(lease)} is interrupted: it changes nothing any more")
                 for lease in now.dead.values():
-                    display.display(f"\n{run_lease.described(lease)} has ended without giving the cluster back; it is taken over\n")
+                    terminal.show([f"{run_lease.described(lease)} has ended without giving the cluster back; it is taken over"])
             answers = runs.ask(self, {host: {"state": "taken", "run": me, "over": now.over} for host in hosts}, self.hostvars)
-            told = {host: answer.get("run") or {"problem": str(answer.get("msg") or "no answer")} for host, answer in answers.items()}
+            told = {host: {"problem": answer["problem"]} if answer["problem"] else answer["run"] for host, answer in answers.items()}
+
+    def _ended(self, task_vars: dict[str, t.Any]) -> bool:
+        """Give all nodes back where a host of the play has failed; return whether one has.
+
+        Ansible has no tasks that run after a play whose hosts have failed, but runs those of C(always) for all of them.
+        """
+        hosts = list(task_vars.get("ansible_play_hosts_all") or [])
+        if len(task_vars.get("ansible_play_hosts") or []) == len(hosts):
+            return False
+        runs.give_back(self, runs.holding(hosts, self.hostvars), self.hostvars)
+        return True
+
+    def _give_back_one(self, host: str, lease: dict[str, t.Any], task_vars: dict[str, t.Any]) -> None:
+        """Give back the node of the task. Where that cannot be, what the run has done is done all the same."""
+        try:
+            answer = self._execute_module(runs.MODULE, {"state": "given_back", "run": lease}, task_vars=task_vars)
+        except AnsibleError as error:  # the connection failed, too
+            answer = {"failed": True, "msg": str(error)}
+        if answer.get("failed") or answer.get("unreachable"):
+            runs.kept(host, runs.problem(answer))
 
     def _give_back(self, me: dict[str, t.Any], told: t.Mapping[str, t.Mapping[str, t.Any]]) -> None:
         """Give back the nodes that were taken."""

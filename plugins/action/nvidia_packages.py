@@ -8,7 +8,7 @@ from __future__ import annotations
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, runs
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs
 
 MODULE = "onprem.torch.nvidia_packages"
 
@@ -37,5 +37,6 @@ class ActionModule(ActionBase):
                     repository[name] = catalog.without_credentials(repository[name])
             arguments["settings"] = {**settings, "repository": repository}
             arguments["credentials"] = credentials
-        result.update(self._execute_module(MODULE, arguments, task_vars=task_vars))
+        with given_up.ends_with_task():
+            result.update(self._execute_module(MODULE, arguments, task_vars=task_vars))
         return result

@@ -249,6 +249,11 @@ def lists_locked(text: str) -> bool:
     return bool(re.search(r"Could not get lock /var/lib/apt/lists|Unable to lock directory /var/lib/apt/lists", text))
 
 
+def packages_locked(text: str) -> bool:
+    """Return whether C(apt-get install) gave up, before it did anything, since another program was at work."""
+    return bool(re.search(r"Could not get lock /var/(lib/dpkg|cache/apt)/|Unable to (acquire the dpkg|lock the administration)", text))
+
+
 def refused(text: str) -> str:
     """Return the status with which a repository has refused its user (401, 403), empty where none has."""
     match = re.search(r"\b(401) +Unauthorized|\b(403) +Forbidden", text)

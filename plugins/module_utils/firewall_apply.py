@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_firewalld as firewalld
@@ -116,9 +116,9 @@ def jobs_after(node: Node, request: Request, facts: plan.Facts) -> list[JobRules
     return with_range_of_the_kernel(result, plan.range_before(facts) or facts.kernel_range)
 
 
-def carry_out(node: Node, request: Request, check_mode: bool) -> dict[str, Any]:
-    """The module's result. Raises SpecError and NodeError."""
-    with rollback.alone(node, check_mode or request.state == "verified"):
+def carry_out(node: Node, request: Request, check_mode: bool, still_ours: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The module's result. Raises SpecError and NodeError, and what still_ours raises (see rollback.alone)."""
+    with rollback.alone(node, check_mode or request.state == "verified", still_ours):
         facts = gather(node)
         jobs = jobs_after(node, request, facts)
         wanted = plan.target(request.backend, jobs, facts)

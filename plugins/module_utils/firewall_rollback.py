@@ -8,11 +8,11 @@ import os
 import shutil
 import time
 import uuid
-from contextlib import contextmanager
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 from ansible_collections.onprem.torch.plugins.module_utils import firewall_files as files
-from ansible_collections.onprem.torch.plugins.module_utils import node_lock
+from ansible_collections.onprem.torch.plugins.module_utils import invoker, node_lock
 from ansible_collections.onprem.torch.plugins.module_utils.firewall_node import Node, NodeError
 
 # How long a run waits for another one to confirm its change before it puts that back, and for another one to end, in seconds.
@@ -116,18 +116,27 @@ def put_back(node: Node) -> None:
 
 
 @contextmanager
-def alone(node: Node, read_only: bool) -> Iterator[None]:
-    """One run at a time changes the firewall, and begins from what is confirmed. Raises NodeError when another does not end."""
+def alone(node: Node, read_only: bool, still_ours: Callable[[], None]) -> Iterator[None]:
+    """One run at a time changes the firewall, and begins from what is confirmed. Raises NodeError when another does not end.
+
+    still_ours: asked after all waiting; raises where another run has the node by now.
+    """
     if read_only:
         yield
         return
-    while True:
-        with _lock():
-            if not _awaits_confirmation():
-                _settle(node)
-                yield
-                return
-        time.sleep(0.5)
+    # One for all waiting: one that is made after whoever asked has gone knows nothing of it.
+    with invoker.Invoker() as asker:
+        while True:
+            reason = asker.gone()
+            if reason:
+                raise NodeError(f"The firewall was not changed: this run was given up ({reason}).")
+            with _lock():
+                if not _awaits_confirmation():
+                    still_ours()
+                    _settle(node)
+                    yield
+                    return
+            time.sleep(0.5)
 
 
 def _settle(node: Node) -> None:
@@ -154,10 +163,11 @@ def _awaits_confirmation() -> bool:
 @contextmanager
 def _lock() -> Iterator[None]:
     """Held while the firewall is changed. Raises NodeError."""
-    try:
-        with node_lock.held("firewall", LOCK_PATIENCE):
-            yield
-    except (node_lock.Gone, node_lock.Unsafe) as error:
-        raise NodeError(f"The firewall was not changed: {error}.") from None
-    except node_lock.Busy:
-        raise NodeError(f"Another run has been changing the firewall for {LOCK_PATIENCE} s; wait for it, or look at `ps` on the node.") from None
+    with ExitStack() as held:
+        try:
+            held.enter_context(node_lock.held("firewall", LOCK_PATIENCE))
+        except (node_lock.Gone, node_lock.Unsafe) as error:
+            raise NodeError(f"The firewall was not changed: {error}.") from None
+        except node_lock.Busy:
+            raise NodeError(f"Another run has been changing the firewall for {LOCK_PATIENCE} s; wait for it, or look at `ps` on the node.") from None
+        yield

@@ -34,6 +34,24 @@ def stat(pid: int) -> tuple[str, int, int] | None:
     return head.partition("(")[2], int(fields[1]), int(fields[19])
 
 
+def hidden(pid: int) -> bool:
+    """Return whether a process is there of which /proc shows nothing: another user's, where /proc is mounted with hidepid."""
+    if pid <= 0:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8"):
+            return False
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
 def ancestors() -> dict[int, int]:
     """Return id and start of the processes between this one and its sshd, that one too; of the parent alone without sshd.
 

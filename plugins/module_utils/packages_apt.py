@@ -17,6 +17,8 @@ from ansible_collections.onprem.torch.plugins.module_utils.node_facts import rea
 from ansible_collections.onprem.torch.plugins.module_utils.packages_run import Run
 
 LOCK = "/var/lib/dpkg/lock-frontend"
+# How long apt itself waits for a lock that was free a moment ago: it does not notice that nobody waits for it any more.
+MOMENT = 5
 ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
     "LC_ALL": "C",
@@ -46,19 +48,28 @@ class Apt:
         run.on_failure.append(self.hold_again)
 
     def hold_again(self) -> None:
-        """Hold what was released."""
-        self.hold(self.loose)
+        """Hold what was released, whoever has the node by now."""
+        self.hold(self.loose, in_any_case=True)
 
     def packages(self) -> apt_state.Installed:
         """Return dpkg's state."""
         return apt_state.parse_status(read_text(apt_state.STATUS))
 
-    def get(self, words: t.Sequence[str]) -> tuple[int, str]:
+    def get(self, words: t.Sequence[str], patience: int | None = None) -> tuple[int, str]:
         """Run apt-get and return its exit status and all it printed."""
-        lock = f"DPkg::Lock::Timeout={self.run.params['lock_timeout']}"
+        lock = f"DPkg::Lock::Timeout={self.run.params['lock_timeout'] if patience is None else patience}"
         command = ["apt-get", "-o", lock, "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20", *words]
         code, out, err = self.run.module.run_command(command, environ_update=ENVIRONMENT)
         return code, f"{out}\n{err}"
+
+    def change(self, words: t.Sequence[str]) -> tuple[int, str]:
+        """Run apt-get to change packages, once nobody else has dpkg's lock and if it is still wanted then."""
+        end = time.monotonic() + self.run.params["lock_timeout"]
+        while True:
+            self.wait()
+            code, text = self.get(words, MOMENT)
+            if not code or not apt_state.packages_locked(text) or time.monotonic() > end:
+                return code, text
 
     def refresh(self, words: t.Sequence[str]) -> tuple[int, str]:
         """Run apt-get update; apt does not wait for another update, such as the one that systemd starts after a boot."""
@@ -67,6 +78,7 @@ class Apt:
             code, text = self.get(words)
             if not code or not apt_state.lists_locked(text) or time.monotonic() > end:
                 return code, text
+            self.run.go_on()
             time.sleep(1)
 
     def options(self) -> list[str]:
@@ -81,8 +93,11 @@ class Apt:
         ]
 
     @contextlib.contextmanager
-    def locked(self) -> t.Iterator[dict[str, str]]:
+    def locked(self, in_any_case: bool = False) -> t.Iterator[dict[str, str]]:
         """Hold dpkg's lock, which another program may have for a while; dpkg itself waits for nobody.
+
+        Args:
+            in_any_case: also where the run has lost the node, or was given up: what it has begun is brought to its end.
 
         Yields the environment in which dpkg knows that its caller has the lock.
         """
@@ -98,7 +113,11 @@ class Apt:
                             f"another program {holder(lock)}has held dpkg's lock for {self.run.params['lock_timeout']} s; "
                             "wait until it is done, then run this again"
                         )
+                    if not in_any_case:
+                        self.run.go_on()
                     time.sleep(0.5)
+            if not in_any_case:
+                self.run.go_on()
             yield {**ENVIRONMENT, "DPKG_FRONTEND_LOCKED": "1"}
 
     def wait(self) -> None:
@@ -106,11 +125,11 @@ class Apt:
         with self.locked():
             pass
 
-    def hold(self, names: t.Sequence[str], word: str = "hold") -> None:
-        """Put packages on hold, or release them with the word C(install)."""
+    def hold(self, names: t.Sequence[str], word: str = "hold", in_any_case: bool = False) -> None:
+        """Put packages on hold, or release them with the word C(install); see ``locked``."""
         if names:
             text = "".join(f"{name} {word}\n" for name in names)
-            with self.locked() as environment:
+            with self.locked(in_any_case) as environment:
                 code, _out, err = self.run.module.run_command(["dpkg", "--set-selections"], data=text, environ_update=environment)
             if code:
                 self.run.fail(f"dpkg cannot {'hold' if word == 'hold' else 'release'} {', '.join(names)} ({err.strip()}); try it by hand")
@@ -123,7 +142,8 @@ class Apt:
         self.loose += mine
 
     def holds(self) -> None:
-        """Hold everything that the pins name."""
+        """Hold everything that the pins name; where that ends an installation, whoever has the node by now."""
+        begun = bool(self.loose or self.run.result["installed"])
         self.loose = []
         state = self.packages()
         loose = [name for name in apt_state.family(state, self.run.pins) if state[name]["want"] != "hold"]
@@ -134,7 +154,7 @@ class Apt:
             self.run.before.setdefault(f"hold {name}", "")
             self.run.after[f"hold {name}"] = "held\n"
         if not self.run.check:
-            self.hold(loose)
+            self.hold(loose, in_any_case=begun)
 
     def half_done(self) -> bool:
         """Return whether dpkg has work that is not finished."""
@@ -171,11 +191,11 @@ class Apt:
         if self.unrepaired():
             self.release()
             self.refresh(["update"])
-            code, text = self.get(["install", "--fix-broken", "--yes", *self.options()])
+            code, text = self.change(["install", "--fix-broken", "--yes", *self.options()])
             left = self.unrepaired()
             if left:
                 # A package that was half unpacked has to be unpacked again.
-                code, text = self.get(["install", "--reinstall", "--yes", *self.options(), *left])
+                code, text = self.change(["install", "--reinstall", "--yes", *self.options(), *left])
                 left = self.unrepaired()
             if left:
                 self.run.fail(

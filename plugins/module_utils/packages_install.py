@@ -137,10 +137,10 @@ class Installation:
         self.apt.wait()
         self.files.keep()
         words = ["install", "--yes", *self.apt.options(), *self.chosen]
-        code, text = self.apt.get(words)
+        code, text = self.apt.change(words)
         if code and re.search(r"404|Failed to fetch", text):
             self.apt.refresh(["update"])
-            code, text = self.apt.get(words)
+            code, text = self.apt.change(words)
         if code:
             self.apt.holds()
             self.run.fail(f"apt cannot install {self.run.settings['name']} ({apt_state.complaint(text)}); correct what it names and run this again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
+from ansible_collections.onprem.torch.plugins.module_utils import invoker, node_lock, run_lease, secret_texts
 
 
 class Run:
@@ -22,6 +22,7 @@ class Run:
         after: what is there in the end, by what it is.
         result: the answer.
         on_failure: what is called before a failure is told.
+        asker: whoever waits for the answer; watched from the beginning, since whoever begins later does not see who has gone.
     """
 
     def __init__(self, module: AnsibleModule) -> None:
@@ -33,6 +34,7 @@ class Run:
         self.after: dict[str, str] = {}
         self.result: dict[str, t.Any] = {"installed": {}, "removed": [], "held": [], "healed": [], "reboot_reason": ""}
         self.on_failure: list[t.Callable[[], None]] = []
+        self.asker = invoker.Invoker()
 
     @property
     def pins(self) -> list[dict[str, t.Any]]:
@@ -49,6 +51,16 @@ class Run:
         """Return what is known of the repository; empty for the sources that the node has."""
         return {key: value for key, value in (self.settings["repository"] or {}).items() if value}
 
+    def go_on(self) -> None:
+        """End where nobody waits for the answer any more, or another run has the node: asked while waiting, and after it."""
+        reason = self.asker.gone()
+        try:
+            if reason:
+                raise node_lock.Gone(f"this run was given up ({reason})")
+            run_lease.require(self.params.get("run") or {})
+        except node_lock.Busy as error:
+            self.fail(f"no package was changed any more: {error}")
+
     def fail(self, text: str) -> t.NoReturn:
         """End with one sentence; what was done for nothing is undone."""
         # Cleared first: undoing may fail, too.
@@ -61,7 +73,11 @@ class Run:
         self.module.fail_json(msg=text, **self.result)
 
     def end(self) -> t.NoReturn:
-        """End well, with the differences."""
+        """End well, with the differences; a run that has lost the node meanwhile does not go on, such as to a reboot."""
+        try:
+            run_lease.require(self.params.get("run") or {})
+        except node_lock.Busy as error:
+            self.module.fail_json(msg=f"the packages are as they should be, but this run does not go on: {error}", **self.result)
         changed = {key for key in self.after if self.before.get(key, "") != self.after[key]}
         diff = [{"before_header": key, "after_header": key, "before": self.before.get(key, ""), "after": self.after[key]} for key in sorted(changed)]
         self.module.exit_json(changed=bool(changed), diff=diff, **self.result)

@@ -19,7 +19,7 @@ import time
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import invoker, node_lock
+from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, invoker, node_lock
 
 NAME = "run.json"
 # Who reads or writes the lease is done within milliseconds.
@@ -62,15 +62,33 @@ def read(folder: str = node_lock.FOLDER) -> dict[str, t.Any]:
 
 def shaped(found: t.Any) -> dict[str, t.Any]:
     """Return a lease whose every part is what it should be, and can be shown; empty for anything else."""
-    if not isinstance(found, dict) or not isinstance(found.get("id"), str) or not found["id"]:
+    if not isinstance(found, dict):
         return {}
     lease: dict[str, t.Any] = {}
     for key in TEXTS:
-        lease[key] = "".join(letter for letter in str(found.get(key, ""))[:LONGEST] if letter.isprintable())
+        value = found.get(key, "")
+        lease[key] = "".join(letter for letter in value[:LONGEST] if letter.isprintable()) if isinstance(value, str) else ""
     for key in NUMBERS:
-        value = found.get(key, 0)
-        lease[key] = value if isinstance(value, (int, float)) and abs(value) < 1e15 else 0
-    return lease
+        lease[key] = number(found.get(key, 0))
+    return lease if lease["id"] else {}
+
+
+def number(value: t.Any) -> float:
+    """Return a number with which one can go on; 0 for anything else."""
+    return value if isinstance(value, (int, float)) and abs(value) < 1e15 else 0
+
+
+def answered(found: t.Any) -> dict[str, t.Any]:
+    """Return what a node tells of its lease (see ``told``), whose every part is what it should be; empty for anything else.
+
+    Whoever is root on one node must not shape what happens on the control node. ``problem`` is why it could not tell.
+    """
+    if not isinstance(found, dict) or not found:
+        return {}
+    if isinstance(found.get("problem"), str) and found["problem"]:
+        return {"problem": hostile_input.printable(" ".join(found["problem"].split()))}
+    lease = shaped(found.get("lease"))
+    return {"taken": bool(lease) and found.get("taken") is True, "lease": lease, "silent": max(number(found.get("silent")), 0)}
 
 
 def may_take(present: t.Mapping[str, t.Any], wanted: str, over: t.Collection[str]) -> bool:
@@ -140,25 +158,28 @@ def require(run: t.Mapping[str, t.Any], folder: str = node_lock.FOLDER) -> None:
 
 @contextlib.contextmanager
 def at_work(run: t.Mapping[str, t.Any], folder: str = node_lock.FOLDER) -> t.Iterator[None]:
-    """Renew the lease as long as the block runs. Raises what ``require`` raises, at the beginning only."""
+    """Renew the lease as long as the block runs and somebody waits for the module. Raises what ``require`` raises, at the beginning only."""
     if not run:
         yield
         return
     require(run, folder)
     done = threading.Event()
 
-    def renew() -> None:
-        while not done.wait(SECONDS_BETWEEN_RENEWALS):
-            with contextlib.suppress(node_lock.Busy, OSError):
-                require(run, folder)
+    # Made once: one that is made after whoever asked has gone knows nothing of it.
+    with invoker.Invoker() as asker:
 
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        def renew() -> None:
+            while not done.wait(SECONDS_BETWEEN_RENEWALS) and not asker.gone():
+                with contextlib.suppress(node_lock.Busy, OSError):
+                    require(run, folder)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 def described(lease: t.Mapping[str, t.Any]) -> str:
@@ -174,11 +195,13 @@ def alive(lease: t.Mapping[str, t.Any], silent: float, control: str) -> bool:
     Args:
         lease: its lease.
         silent: seconds since its last sign of life on any node.
-        control: the control node that asks. Its own processes are looked at; of another one's nothing else is known.
+        control: the control node that asks. Its own processes are looked at; of another one's nothing else is known, and
+            of a hidden one not even whether it is the run or got its id later.
     """
     if lease["control"] == control:
         known = invoker.stat(int(lease["pid"]))
-        return bool(known) and known[2] == lease["start"]
+        if known or not invoker.hidden(int(lease["pid"])):
+            return bool(known) and known[2] == lease["start"]
     return silent < STALE
 
 

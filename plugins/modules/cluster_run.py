@@ -20,9 +20,10 @@ options:
     description:
       - V(taken) takes all nodes of the play, and waits for another run that holds one of them.
       - V(looked) says who holds nodes and changes nothing.
-      - V(given_back) gives them back.
+      - V(given_back) gives the node back, V(ended) all nodes of the play, where a host of it has failed and so ends the run.
+        What cannot be given back is a warning.
     type: str
-    choices: [taken, looked, given_back]
+    choices: [taken, looked, given_back, ended]
     default: looked
   verb:
     description: What the run does.
@@ -78,6 +79,17 @@ EXAMPLES = r"""
 - name: Give the cluster back
   onprem.torch.cluster_run:
     state: given_back
+
+- name: Verify, and do not keep the cluster where that fails
+  block:
+    - name: Verify
+      ansible.builtin.import_role:
+        name: onprem.torch.nccl_verify
+  always:
+    - name: Give the cluster back where this run ends early
+      onprem.torch.cluster_run:
+        state: ended
+      run_once: true
 """
 
 RETURN = r"""
@@ -103,7 +115,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import node_lock, run
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["taken", "looked", "given_back"], "default": "looked"},
+            "state": {"type": "str", "choices": ["taken", "looked", "given_back", "ended"], "default": "looked"},
             "verb": {"type": "str", "default": ""},
             "job": {"type": "str", "default": ""},
             "wait": {"type": "raw", "default": 60},

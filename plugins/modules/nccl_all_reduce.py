@@ -359,7 +359,9 @@ class Verification:
         safe_files.make_folder(verify_config.RESULTS, who)
 
     def remove(self) -> None:
-        """Remove the folder, which lies in a folder of root's. What the job's user keeps alive in it is left aside."""
+        """Remove the folder and the environment, which lie in a folder of root's. What the job's user keeps alive in it is left aside."""
+        if os.path.lexists(ENVIRONMENT_FILE):
+            os.unlink(ENVIRONMENT_FILE)
         safe_files.remove_tree(os.path.dirname(self.folder), os.path.basename(self.folder))
 
     def started(self) -> dict[str, object]:
@@ -401,8 +403,6 @@ class Verification:
                 ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=30", f"--unit={verify_config.UNIT}"]
             )
         self.remove()
-        if os.path.lexists(ENVIRONMENT_FILE):
-            os.unlink(ENVIRONMENT_FILE)
         return {"result": result, "journal": journal[-4000:]}
 
     def result(self) -> dict[str, object]:

@@ -217,13 +217,14 @@ def main() -> None:
             result = confirm(node, module.params["confirm"])
         else:
             arguments = {name: value for name, value in module.params.items() if name not in ("confirm", "run")}
-            if module.params["state"] != "verified":
-                run_lease.require(module.params["run"])
-            result = carry_out(node, Request(**arguments), check_mode=module.check_mode)
+            result = carry_out(node, Request(**arguments), module.check_mode, lambda: run_lease.require(module.params["run"]))
     except SpecError as error:
         module.fail_json(msg=" ".join(error.problems), problems=error.problems)
-    except (NodeError, node_lock.Busy) as error:
+    except NodeError as error:
         module.fail_json(msg=str(error), problems=[str(error)])
+    except node_lock.Busy as error:
+        text = f"The firewall was not changed: {error}."
+        module.fail_json(msg=text, problems=[text])
     module.exit_json(**result)
 
 

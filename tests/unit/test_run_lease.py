@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import invoker, node_lock, run_lease
@@ -13,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
+CONFTEST = os.path.join(os.path.dirname(__file__), "conftest.py")
 NODES = ("n1", "n2", "n3")
 
 
@@ -165,6 +169,65 @@ def test_who_works_gives_signs_of_life(tmp_path, monkeypatch):
             pass
     with run_lease.at_work({}, str(tmp_path)):  # a role by itself has no lease
         pass
+
+
+class Gone:
+    """Whoever started the module, until it ends."""
+
+    ended = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_reason):
+        pass
+
+    def gone(self):
+        return Gone.ended
+
+
+def test_a_module_for_which_nobody_waits_gives_no_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lease, "SECONDS_BETWEEN_RENEWALS", 0.01)
+    monkeypatch.setattr(invoker, "Invoker", Gone)
+    monkeypatch.setattr(Gone, "ended", "")
+    lease = run_lease.told(run("one"), (), str(tmp_path))["lease"]
+    before = set(threading.enumerate())
+    with run_lease.at_work(lease, str(tmp_path)):
+        (renewing,) = set(threading.enumerate()) - before
+        Gone.ended = "the process that started it has ended"
+        renewing.join(60)
+        assert not renewing.is_alive()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount /proc")
+@pytest.mark.parametrize("hidepid", [0, 1, 2])
+def test_a_process_that_is_hidden_is_not_dead(hidepid):
+    """Two operators of one control node whose /proc shows everybody the own processes only."""
+    look = f"""
+import os, runpy, subprocess, sys
+runpy.run_path({CONFTEST!r})
+from ansible_collections.onprem.torch.plugins.module_utils import invoker, run_lease
+subprocess.run(["mount", "-t", "proc", "-o", "hidepid={hidepid}", "proc", "/proc"], check=True)
+me = os.getpid()
+start = invoker.stat(me)[2]
+ended = subprocess.Popen(["true"]); ended.wait()
+def alive(pid, silent, start=start):
+    return run_lease.alive({{"control": "here", "pid": pid, "start": start}}, silent, "here")
+os.setgroups([]); os.setgid(65534)
+reading, writing = os.pipe()
+if not os.fork():
+    os.setuid(65534)
+    unseen = {hidepid} > 0
+    assert bool(invoker.stat(me)) != unseen
+    assert alive(me, 0) and alive(me, run_lease.STALE) != unseen
+    assert alive(me, 0, start + 1) == unseen  # nobody can tell
+    assert not any(alive(pid, 0) for pid in (ended.pid, 0, -1, 1 << 40))
+    os.write(writing, b"fine")
+    os._exit(0)
+os.close(writing)
+assert os.read(reading, 4) == b"fine"
+"""
+    subprocess.run(["unshare", "--mount", "--pid", "--fork", sys.executable, "-c", look], check=True, timeout=120)
 
 
 def test_processes_of_the_same_control_node_are_looked_at():
