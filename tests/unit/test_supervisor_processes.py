@@ -308,7 +308,7 @@ def test_hung_worker(gang):
 
 def test_silent_member_is_lost(gang):
     """A stopped supervisor is a node that is not heard."""
-    two = gang(2, steps=200)
+    two = gang(2, steps=1000, options=["--lost-after", "3"])
     two.running(1)
     two.processes[1].send_signal(signal.SIGSTOP)
     two.wait(lambda: "lab2: not connected" in two.state()["text"], "the loss")
@@ -316,19 +316,17 @@ def test_silent_member_is_lost(gang):
     two.processes[1].send_signal(signal.SIGCONT)
     two.running(2)
     assert two.state()["first_cause"]["reason"] == "lost"
-    assert two.exits() == [0, 0]
 
 
-@pytest.mark.parametrize("seconds, lost", [(2, False), (20, True)])
+@pytest.mark.parametrize("seconds, lost", [(2, False), (10, True)])
 def test_rank_0_stands_still(gang, seconds, lost):
     """Shorter than a node may be silent, and longer: the job goes on by itself, and rank 0 is not lost to itself."""
-    two = gang(2, steps=1000)
+    two = gang(2, steps=1000, options=["--lost-after", "3"] if lost else [])
     two.running(1)
     two.processes[0].send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
     if lost:
         two.wait(lambda: not alive(two.pid("worker", 1)), "lab2 gives rank 0 up")
-        seconds -= 8
-    time.sleep(seconds)
     two.processes[0].send_signal(signal.SIGCONT)
     two.running(2 if lost else 1, step=5)
     assert two.state()["restarts_left"] == 3
