@@ -50,6 +50,9 @@ def supported(host: Host) -> list[Problem]:
     if not host.node["systemd"]:
         text = "systemd is not the first process, but the job is a systemd unit"
         problems.append(Problem(host.name, "", text, "boot the node with systemd"))
+    elif not host.node.get("system_bus", True):
+        text = "there is no system D-Bus, over which the job's supervisor asks systemd whether its unit is stopped or restarted"
+        problems.append(Problem(host.name, "", text, "install it (apt-get install dbus)"))
     return problems
 
 

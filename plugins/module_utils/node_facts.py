@@ -293,6 +293,11 @@ def firewalls(root: str = "/") -> dict[str, list[str]]:
     return {"installed": installed, "active": active}
 
 
+def system_bus(root: str = "/") -> bool:
+    """Return whether the system's D-Bus can be asked, as every systemctl does that is not root's."""
+    return os.path.exists(os.path.join(root, "run/dbus/system_bus_socket"))
+
+
 def newest(folder: str, pattern: str) -> dict[str, t.Any]:
     """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
     found = hostile_input.find(folder, pattern) if folder else []

@@ -136,6 +136,9 @@ node:
     systemd:
       description: Whether systemd is PID 1.
       type: bool
+    system_bus:
+      description: Whether there is a system D-Bus, over which the job's user asks systemd.
+      type: bool
     uid:
       description: Id of the user that modules run as; 0 for root.
       type: int
@@ -352,6 +355,7 @@ def main() -> None:
         "hostname": name,
         "hostname_addresses": node_facts.resolved_name(name),
         "systemd": os.path.isdir("/run/systemd/system"),
+        "system_bus": node_facts.system_bus(),
         "uid": os.geteuid(),
         "python": {
             "path": python,

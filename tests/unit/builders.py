@@ -37,6 +37,7 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "hostname": f"n{number}",
         "hostname_addresses": ["127.0.1.1"],
         "systemd": True,
+        "system_bus": True,
         "uid": 0,
         "python": {"path": "/usr/bin/python3", "version": "3.11.2"},
         "interfaces": [

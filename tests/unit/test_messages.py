@@ -324,6 +324,17 @@ CASES: dict[str, tuple[t.Callable[[], list[str]], list[str]]] = {
         lambda: two(nodes=({"systemd": False}, {})),
         ["n1: systemd is not the first process, but the job is a systemd unit; boot the node with systemd."],
     ),
+    "no system bus": (
+        lambda: two(nodes=({"system_bus": False}, {})),
+        [
+            "n1: there is no system D-Bus, over which the job's supervisor asks systemd whether its unit is stopped or restarted; "
+            "install it (apt-get install dbus)."
+        ],
+    ),
+    "no systemd, and so no bus": (
+        lambda: two(nodes=({"systemd": False, "system_bus": False}, {})),
+        ["n1: systemd is not the first process, but the job is a systemd unit; boot the node with systemd."],
+    ),
     "too little disk": (
         lambda: two(nodes=({"disk": {"/opt/onprem.torch": GIB}}, {})),
         [

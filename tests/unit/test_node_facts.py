@@ -232,3 +232,11 @@ def test_a_user_with_many_descriptors_holds_no_look_up():
     finally:
         for process in crowd:
             process.communicate()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_system_bus(tmp_path, there):
+    (tmp_path / "run/dbus").mkdir(parents=True)
+    if there:
+        (tmp_path / "run/dbus/system_bus_socket").write_text("")
+    assert node_facts.system_bus(str(tmp_path)) is there

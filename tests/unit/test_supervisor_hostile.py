@@ -179,8 +179,9 @@ def test_what_json_can_be(rank0, payload):
     peer.far.close()
 
 
-def test_host_names_without_end(rank0):
+def test_host_names_without_end(tmp_path):
     """A rank with another name on each connection: what is remembered has an end, and is what was there first."""
+    rank0 = one(tmp_path, 0)
     for number in range(300):
         peer = Peer(rank0, 1)
         peer.send(encode(dict(GOOD, host=f"host-{number}-" + "x" * 200, checkpoint={"path": "/c/step-1", "time": 5.0})))
@@ -190,6 +191,59 @@ def test_host_names_without_end(rank0):
     assert 60 <= len(rank0.coordinator.checkpoint_hosts) <= 68
     assert any(name.startswith("host-0-") for name in rank0.coordinator.checkpoint_hosts)
     looks(rank0)
+
+
+# Bytes of a character in a frame: one, one with an escape, two, four.
+CHARACTERS = st.sampled_from(["x", '"', "\\", "\u00e9", "\U0001f600"])
+
+
+def long_text(most):
+    return st.builds(lambda character, length: character * length, CHARACTERS, st.sampled_from([1, most // 2, most]))
+
+
+@st.composite
+def left_state(draw):
+    """A state.json of the known shape, as large as the job can make it."""
+    number, name = draw(st.sampled_from([0, 3, 100, 3000])), draw(long_text(60))
+    host, path = draw(long_text(255)), draw(long_text(supervisor.PATH_TOLD))
+    cause = dict(CAUSE, host=draw(long_text(255)), node_rank=1, generation=1, charged=True, error=draw(long_text(2000)), text=draw(long_text(2000)))
+    return {"job": "j", "release": "r1", "generation": 1, "first_cause": cause, "history": [cause] * draw(st.integers(0, 3)),
+            "checkpoint_hosts": [f"{index}{name}"[:255] for index in range(number)],
+            "checkpoints": {f"{index}{draw(st.just('') | long_text(250))}"[:255]: {"host": host, "path": path, "time": 5.0}
+                            for index in range(draw(st.sampled_from([0, 1, 16])))}}
+
+
+@settings(max_examples=int(os.environ.get("SUPERVISOR_HOSTILE", "60")), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(left_state(), long_text(255), long_text(1024))
+def test_what_the_job_left_in_the_state_fits_into_a_frame(tmp_path_factory, left, host, path):
+    """A larger one than peers take would lose rank 0 for ever, whoever starts it anew."""
+    folder = tmp_path_factory.mktemp("left")
+    (folder / "state.json").write_text(json.dumps(left, ensure_ascii=False)[:hostile_input.MOST_BYTES], encoding="utf-8")
+    made = one(folder, 0)
+    coordinator = made.coordinator
+    coordinator.join(1, 1, time.monotonic())
+    coordinator.report(1, 1, dict(GOOD, host=host, checkpoint={"path": path, "time": 5.0}), time.monotonic())
+    for phase in supervisor.STATES:
+        coordinator.phase, coordinator.stopped_by = phase, host
+        order = {"order": "wait", "generation": 2**53, "graceful": True, "hang": False, "echo": 1e10 / 3, "now": 1e10 / 3, "view": coordinator.view()}
+        message = supervisor.encoded(order)
+        assert len(message) <= supervisor.Session.LIMIT
+        assert len(supervisor.encoded(order["view"])) <= supervisor.Session.LIMIT - 4096
+        supervisor.expected(hostile_input.parse_json(message.decode(), 8), supervisor.ORDER)
+    assert set(coordinator.view()["checkpoint_hosts"]) <= {*left["checkpoint_hosts"], host}
+    made.selector.close()
+    for descriptor in (made.wake_read, made.wake_write):
+        os.close(descriptor)
+
+
+def test_hosts_that_a_larger_job_knew_leave_room_for_todays(tmp_path):
+    """Fewer nodes than before: neither are the old ones' checkpoints forgotten, nor are new ones not noticed."""
+    names = sorted(f"gpu-{number:04}" for number in range(300))
+    (tmp_path / "state.json").write_text(json.dumps({"checkpoint_hosts": names}))
+    made = one(tmp_path, 0)
+    made.coordinator.join(1, 1, 0.0)
+    made.coordinator.report(1, 1, dict(GOOD, host="new", checkpoint={"path": "/c/step-1", "time": 5.0}), 0.1)
+    assert made.coordinator.view()["checkpoint_hosts"] == [*names, "new"]
 
 
 def test_a_made_up_generation_leads_nobody_astray():

@@ -3,11 +3,14 @@
 """Causes, progress, local checks and the command line of the supervisor."""
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -137,6 +140,197 @@ def test_watch_of_a_single_file(tmp_path):
     os.utime(tmp_path / "last.pt", (2e9, 2e9))
     watch.look()
     assert watch.count == 2
+
+
+def loop_of_links(folder):
+    """Folders that link to each other: who follows them walks for ever."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    for name in "cdefgh":
+        (folder / "a" / name).symlink_to("../b")
+        (folder / "b" / name).symlink_to("../a")
+
+
+def deep_folders(folder):
+    """More levels than Python's stack has, and than a path has room for."""
+    place = os.open(folder, os.O_RDONLY)
+    for _level in range(1500):
+        os.mkdir("d", dir_fd=place)
+        inner = os.open("d", os.O_RDONLY, dir_fd=place)
+        os.close(place)
+        place = inner
+    os.close(place)
+
+
+def remove_deep(folder):
+    subprocess.run(["rm", "-rf", str(folder)], check=True)      # pytest's own removal is recursive
+
+
+@pytest.mark.parametrize("pattern", ["**/*.pt", "**", "**/**/*.pt"])
+@pytest.mark.parametrize("odd", [loop_of_links, deep_folders])
+def test_watch_ends_whatever_folders_there_are(tmp_path, odd, pattern):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    odd(folder)
+    watch = supervisor.Watch(str(folder), pattern)
+
+    def looks():
+        watch.look()
+        (folder / "x").mkdir()
+        (folder / "x" / "1.pt").write_text("")
+        watch.look()
+
+    thread = threading.Thread(target=looks, daemon=True)
+    thread.start()
+    thread.join(120)
+    try:
+        assert not thread.is_alive(), "it looks for ever"
+        assert watch.count == 1 and watch.newest
+    finally:
+        remove_deep(folder)
+
+
+@pytest.mark.parametrize("pattern, name", [("**/last.pt", "last.pt"), ("**/last.pt", "run/last.pt"), ("*", "last.pt"), ("*/last.pt", "run/last.pt")])
+def test_what_was_set_aside_is_no_checkpoint(tmp_path, pattern, name):
+    """After a restart of the job the only file is again the only one, and each rewrite of it counts."""
+    for path in (tmp_path / "set-aside-20261130T120000Z" / name, tmp_path / name):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    watch = supervisor.Watch(str(tmp_path), pattern)
+    (tmp_path / "set-aside-20261130T120000Z" / name).write_text("")
+    watch.look()
+    assert watch.newest is None
+    for moment in range(3):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (2e9 + moment, 2e9 + moment))
+        os.utime((tmp_path / name).parent, (2e9 + moment, 2e9 + moment))
+        watch.look()
+    assert watch.count == 3 and watch.newest["path"] == str(tmp_path / name)
+
+
+def comes(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [RecursionError(), OSError(errno.EIO, "Input/output error"), ValueError("odd"), MemoryError()])
+def test_watch_survives_a_look_that_fails(tmp_path, monkeypatch, capfd, error):
+    watch = supervisor.Watch(str(tmp_path), "*")
+    look, failed = watch.look, []
+
+    def first_fails():
+        if not failed:
+            failed.append(1)
+            raise error
+        look()
+
+    monkeypatch.setattr(watch, "look", first_fails)
+    watch.start()
+    comes(lambda: failed)
+    for number in range(3):
+        (tmp_path / f"step-{number}").write_text("")
+        asked = watch.ask()
+        comes(lambda: watch.answered >= asked)
+    assert watch.count == 2 and watch.newest["path"].endswith("step-2")
+    assert f"cannot look for checkpoints in {tmp_path}: {type(error).__name__}" in capfd.readouterr().out
+
+
+def alone(folder, *command):
+    """A supervisor whose loop does not run, and whose look for checkpoints never ends."""
+    (folder / "checkpoints").mkdir()
+    options = supervisor.parse(["--job", "j", "--host", "lab1", "--node-rank", "0", "--nnodes", "1", "--state-dir", str(folder / "state"),
+                                "--checkpoint-dir", str(folder / "checkpoints"), "--release", "r1", "--", *command])
+    os.makedirs(options.state_dir)
+    return supervisor.Supervisor(options, supervisor.Limits(), b"")
+
+
+def test_a_look_that_hangs_keeps_no_end_back(tmp_path):
+    """The end is told all the same; what is ordered meanwhile is not taken for its reason."""
+    made = alone(tmp_path, "false")
+    made.member.phase, made.member.generation = "running", 1
+    made.perform(("start", 1), time.monotonic())
+
+    def turned(condition):
+        made.reap(time.monotonic())
+        return condition()
+
+    comes(lambda: turned(lambda: made.end))
+    assert made.wake_at(time.monotonic()) <= made.end.until, "the loop would sleep on"
+    made.member.receive({"order": "stop", "generation": 1})
+    for action in made.member.step(time.monotonic()):
+        made.perform(action, time.monotonic())
+    comes(lambda: turned(lambda: made.member.phase == "idle"))
+    assert (made.member.exit["code"], made.member.exit["ordered"], made.end) == (1, False, None)
+
+
+def test_the_end_is_told_with_the_checkpoint_that_was_written_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervisor.Watch, "PERIOD", 3600.0)
+    made = alone(tmp_path, "sh", "-c", f"echo > {tmp_path}/checkpoints/step-1")
+    made.LAST_LOOK = 3600.0
+    made.watch.start()
+    comes(lambda: made.watch.seen is not None)
+    made.member.phase, made.member.generation = "running", 1
+    made.perform(("start", 1), time.monotonic())
+
+    def ended():
+        made.reap(time.monotonic())
+        return made.member.phase == "idle"
+
+    comes(ended)
+    assert made.report()["checkpoint"]["path"].endswith("/step-1") and made.report()["checkpoints"] == 1
+
+
+class Threads:
+    """threading.Thread where there are no more."""
+
+    def __init__(self, **_options):
+        pass
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+
+ERRORS = [OSError(errno.EMFILE, "Too many open files"), RecursionError("deep"), ValueError("odd\x1b[2J"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, None])
+@pytest.mark.parametrize("kind", ["checked", "stop"])
+def test_what_fails_in_the_background_is_an_answer_too(tmp_path, monkeypatch, kind, error):
+    """Without one the node would check for ever, and a unit that has to end would not."""
+    made = alone(tmp_path, "true")
+
+    def fails(*_arguments):
+        raise error
+
+    monkeypatch.setattr(supervisor, "run_checks", fails)
+    monkeypatch.setattr(supervisor, "why_ended", fails)
+    if error is None:
+        monkeypatch.setattr(supervisor.threading, "Thread", Threads)
+    if kind == "checked":
+        made.member.connected, made.member.checking = True, True
+        made.perform(("check",), time.monotonic())
+    else:
+        made.ask_why()
+    comes(lambda: made.events)
+    made.event(*made.events.popleft(), time.monotonic())
+    if kind == "checked":
+        (problem,) = made.member.problems
+        assert not made.member.checking
+        assert problem["text"].startswith("the local checks cannot be made: ") and "\x1b" not in problem["text"]
+        assert (type(error).__name__ if error else "can't start new thread") in problem["text"]
+        supervisor.check_report(dict(made.report(), lines=0))
+    else:
+        assert made.member.leaving and made.member.why == "unknown"
+
+
+def test_a_port_that_cannot_be_asked_for_is_a_problem(monkeypatch):
+    def none_left(*_arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(supervisor.socket, "socket", none_left)
+    assert [problem["text"] for problem in supervisor.run_checks([("port", "29500")], None)] == [
+        "port 29500 cannot be used: Too many open files"]
 
 
 def test_checks(tmp_path):

@@ -67,7 +67,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, NamedTuple, Optional
 
 # Lies beside this file in a release.
 from hostile_input import LAST_MOMENT, Fields, Flag, ListOf, MapOf, Maybe, Number, Odd, Shape, Text, check, find, load, parse_json, printable
@@ -172,6 +172,7 @@ class Limits:
         self.recheck = 3.0          # between local checks while one fails
         self.recheck_good = 30.0    # and while none does
         self.linger = 5.0           # how long the last word (stopped, failed) is offered to nodes that do not answer
+        self.back_by = 30.0         # the same to one whose unit is restarted: systemd waits 2 s, Python starts, a node is busy
         self.done_linger = 3600.0   # the same for done: a node that never hears it would wait for the others for ever
         # The most that passes between two looks of a loop that runs. With the heartbeat before, less than lost_after.
         self.attention = max(heartbeat, lost_after / 3.0)
@@ -251,7 +252,7 @@ MOMENT = Number(0, LAST_MOMENT, whole=False)
 COUNT, CODE, NAME, WORD, SENTENCE = Number(), Number(-2**31, 2**32), Text(255), Text(40), Text(2000)
 PHASES, STATES = ("idle", "running", "stopping"), ("waiting", "running", "stopping") + FINAL
 CHECKPOINT = Maybe(Fields({"path": Text(1024), "time": MOMENT}, ("path", "time")))
-# Ranks whose newest checkpoint every node remembers, and the characters of its path: the view is a message of limited size.
+# Ranks whose newest checkpoint every node remembers, and the bytes of its path: the view is a message of limited size.
 CHECKPOINTS_TOLD, PATH_TOLD = 16, 1000
 TOLD = MapOf(Fields({"host": NAME, "path": Text(PATH_TOLD), "time": MOMENT}, ("host", "path", "time")), CHECKPOINTS_TOLD)
 CAUSE_FIELDS: dict[str, Shape] = {
@@ -270,7 +271,7 @@ REPORT_FIELDS: dict[str, Shape] = {
     "checkpoints": COUNT, "lines": COUNT, "checkpoint": CHECKPOINT}
 REPORT = Fields({**REPORT_FIELDS, "why": WORD, "sent": FINITE}, tuple(REPORT_FIELDS))
 NEWS = [key for key in REPORT_FIELDS if key not in ("checkpoints", "lines", "checkpoint")]
-MOST_HOSTS = 10000
+MOST_HOSTS, HOSTS_BYTES = 10000, 24576  # names of a file that is read, and the bytes of all that are told
 VIEW_FIELDS: dict[str, Shape] = {
     "state": Text(choices=STATES), "text": SENTENCE, "generation": COUNT, "restarts": COUNT, "restarts_left": COUNT,
     "first_cause": SETTLED, "stopped_by": Maybe(NAME), "checkpoint_hosts": ListOf(NAME, MOST_HOSTS),
@@ -298,6 +299,8 @@ ERROR_JSON = Fields({"message": Anything()})
 MOST_REPORTS, REPORT_BYTES, REPORT_TIME = 16, 64 << 10, 1.0
 # How far beyond rank 0's own a node's generation may be to be gone on from, as after the loss of rank 0's state.
 PLAUSIBLE = 100000
+# What an order may take in a frame beside the view.
+ORDER_BYTES = 4096
 
 
 def expected(message: Any, shape: Shape) -> JSON:
@@ -315,6 +318,28 @@ def check_report(report: Any) -> JSON:
     if found["exit"] and found["exit"]["cause"]:
         found["exit"]["cause"] = {**NO_CAUSE, **found["exit"]["cause"]}
     return found
+
+
+def encoded(value: Any) -> bytes:
+    """A value as it lies in a frame."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+
+
+def hosts_within(names: Iterable[str]) -> list[str]:
+    """Names in order, each once, as far as there is room for them in a view."""
+    kept: list[str] = []
+    room = HOSTS_BYTES
+    for name in dict.fromkeys(names):
+        room -= len(encoded(name)) + 1
+        if room >= 0:
+            kept.append(name)
+    return sorted(kept)
+
+
+def as_told(checkpoint: JSON, host: str) -> JSON:
+    """A rank's newest checkpoint as every node is told of it."""
+    path = checkpoint["path"].encode("utf-8", "replace")[:PATH_TOLD].decode("utf-8", "ignore")
+    return {"host": host, "path": path, "time": checkpoint["time"]}
 
 
 class Coordinator:
@@ -342,8 +367,11 @@ class Coordinator:
         self.first_cause: Optional[JSON] = None
         self.history: list[JSON] = []
         self.stopped_by: Optional[str] = None
+        self.stopping_since = now
+        self.most_hosts = 2 * nnodes + 64
         self.checkpoint_hosts: list[str] = []   # never shrinks: who looks for a lost node's checkpoints asks this
         self.checkpoints_seen: JSON = {}
+        self.farewell: Optional[JSON] = None    # the order that stays when rank 0 itself goes away
         if unacknowledged is not None:          # done before; some nodes have not been told
             self.phase = "done"
             for seat in self.seats:
@@ -376,8 +404,7 @@ class Coordinator:
         if report.get("final") and report["final"] == self.phase:
             seat.acknowledged = True
         if report["checkpoint"] and rank < CHECKPOINTS_TOLD:
-            newest = report["checkpoint"]
-            self.checkpoints_seen[str(rank)] = {"host": report["host"], "path": newest["path"][:PATH_TOLD], "time": newest["time"]}
+            self.checkpoints_seen[str(rank)] = as_told(report["checkpoint"], report["host"])
         if report["checkpoint"] and seat.host not in self.checkpoint_hosts and self._room_for(report["host"]):
             self.checkpoint_hosts = sorted([*self.checkpoint_hosts, report["host"]])
         last = report.get("exit") or {}
@@ -401,6 +428,24 @@ class Coordinator:
             self._lose(seat, why, now)
             self._step(now)
 
+    def depart(self, now: float) -> bool:
+        """Rank 0's own supervisor wants to go for a while; whether it may. Nobody else can tell why this generation ended.
+
+        The others may take their whole grace, which a shutdown does not wait for: so that is settled with what is known.
+        After a failure they are quiet in a moment, and know more.
+        """
+        now = self.attention.time(now)
+        if self.abort:
+            patience = 0.0 if self.abort["planned"] else self.limits.abort_grace + self.limits.report_time + 3.0
+            if now - self.abort["at"] < patience:
+                return False
+            order = self.order()
+            self._settle(now)
+            if self.phase == "failed":
+                return False            # that is for good, and the others have to hear it
+            self.farewell = order       # the grace that they were given
+        return True
+
     def tick(self, now: float) -> None:
         """Time has passed."""
         now = self.attention.time(now)
@@ -413,6 +458,8 @@ class Coordinator:
 
     def order(self, _rank: int = 0) -> JSON:
         """What a node has to do now."""
+        if self.farewell:
+            return dict(self.farewell)
         order: JSON = {"order": {"waiting": "wait", "running": "run", "stopping": "stop"}.get(self.phase, self.phase),
                        "generation": self.generation}
         if self.abort:
@@ -426,8 +473,9 @@ class Coordinator:
             return not self.unacknowledged() or now - self.since > self.limits.done_linger
         if self.phase in FINAL:
             # Whose unit is being restarted is back in a moment, and would wait for a job that is over.
-            told = all(seat.acknowledged or not seat.connected and seat.left[0] != "restart" for seat in self.seats[1:])
-            return told or now - self.since > self.limits.linger
+            back = any(not seat.connected and seat.left[0] == "restart" for seat in self.seats[1:])
+            told = all(seat.acknowledged or not seat.connected for seat in self.seats[1:])
+            return told and not back or now - self.since > (self._back_by() if back else self.limits.linger)
         return False
 
     def unacknowledged(self) -> list[int]:
@@ -495,20 +543,44 @@ class Coordinator:
                 f"is spent; the last time first on {cause.get('text')}")
 
     def view(self) -> JSON:
-        """What every node is told about the job."""
-        return {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
+        """What every node is told about the job. Always fits into a frame: those who get a larger one drop the connection."""
+        view: JSON = {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
                 "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
                 "checkpoint_hosts": self.checkpoint_hosts, "checkpoints": dict(self.checkpoints_seen)}
+        # Where a checkpoint lies is worth more than its name.
+        over = len(encoded(view)) - Session.LIMIT + ORDER_BYTES
+        while over > 0 and view["checkpoints"]:
+            rank, checkpoint = view["checkpoints"].popitem()
+            over -= len(encoded({rank: checkpoint})) - 1
+        while over > 0 and view["checkpoint_hosts"]:
+            *view["checkpoint_hosts"], name = view["checkpoint_hosts"]
+            over -= len(encoded(name))
+        return view
 
     # -- inside
+
+    def _back_by(self) -> float:
+        """How long a unit that is being restarted is waited for. Where rank 0's own is to end too, systemd does not wait for ever."""
+        if not (self.seats[0].report.get("stop") or self.seats[0].left[0]):
+            return self.limits.back_by
+        return min(self.limits.back_by, max(self.limits.linger, self.stopping_since + self.limits.grace + self.limits.linger - self.since))
+
+    def remember(self, hosts: Iterable[str], checkpoints: JSON) -> None:
+        """What an earlier supervisor knew of checkpoints, as far as every node can be told."""
+        self.checkpoint_hosts = hosts_within(hosts)
+        self.most_hosts = len(self.checkpoint_hosts) + 2 * len(self.seats) + 64
+        ranks = [str(rank) for rank in range(CHECKPOINTS_TOLD)]     # under other keys there would be one too many soon
+        self.checkpoints_seen = {rank: as_told(checkpoints[rank], checkpoints[rank]["host"]) for rank in ranks if rank in checkpoints}
 
     def _room_for(self, host: str) -> bool:
         """Whether another host's name is kept: all names travel with every view, so there is an end to them."""
         names = [*self.checkpoint_hosts, host]
-        return len(names) <= 2 * len(self.seats) + 64 and sum(len(name.encode()) for name in names) <= 24576
+        return len(names) <= self.most_hosts and len(hosts_within(names)) == len(names)
 
     def _enter(self, phase: str, now: float) -> None:
         self.phase, self.since = phase, now
+        if phase == "stopping":
+            self.stopping_since = now
         for seat in self.seats:
             seat.acknowledged = False
 
@@ -559,8 +631,6 @@ class Coordinator:
                 self._settle(now)
                 return True
         elif self.phase == "waiting" and now >= self.not_before and not self.problems():
-            if any(seat.report.get("leaving") for seat in self.seats):
-                return False
             claims = [int(seat.report.get("generation") or 0) for seat in self.seats]
             self.generation = max([self.generation] + [claim for claim in claims if claim <= self.generation + PLAUSIBLE]) + 1
             self.activity = now
@@ -629,8 +699,10 @@ class Coordinator:
             return {"host": None, "node_rank": None, "reason": "hang",
                     "error": f"no output and no new checkpoint for {self.limits.hang_timeout:g} s"}
         late = [seat for seat in self.seats if seat.report.get("generation") != abort["generation"]]
-        return {"host": late[0].name if late else None, "node_rank": late[0].rank if late else None, "reason": "exit",
-                "error": f"torchrun did not start within {self.limits.start_timeout:g} s"}
+        failing = [seat for seat in self.seats if seat.report.get("failing")]
+        error = "a worker failed" if failing else f"torchrun did not start within {self.limits.start_timeout:g} s"
+        first = next(iter(failing or late), None)
+        return {"host": first.name if first else None, "node_rank": first.rank if first else None, "reason": "exit", "error": error}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -774,7 +846,9 @@ class Member:
         if self.leaving:
             return [("exit", EXIT_AGAIN)]
         alone = not self.connected
-        if self.stop_at is not None and (alone or order == "stop" or now - self.stop_at > 2.0) or alone and order == "stop":
+        # Rank 0's last word has the checkpoints that the others have written at the stop.
+        patience = self.limits.grace + self.limits.linger if order == "stop" else 2.0
+        if self.stop_at is not None and (alone or now - self.stop_at > patience) or alone and order == "stop":
             self.result = "stopped"
             return [("result", self.result)]
         # Orders come in order on each connection, so one that differs is a new one. A number that somebody has made up, here
@@ -848,7 +922,7 @@ class Session:
         self._put(message)
 
     def _put(self, message: JSON) -> None:
-        payload = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+        payload = encoded(message)
         mac = self._mac(0, payload) if self.open else b""
         self.outgoing += struct.pack(">I", len(payload)) + mac + payload
 
@@ -1405,22 +1479,34 @@ class Watch(threading.Thread):
     """Counts new checkpoints. A thread, since a file system may hang."""
 
     PERIOD = 2.0
+    LONGEST = 60.0      # seconds for one look: a folder whose walk was cut short would seem to have new names later
+    SET_ASIDE = "set-aside-"    # folders of the verb restart: what lies there belongs to an earlier run
 
-    def __init__(self, folder: str, pattern: str) -> None:
+    def __init__(self, folder: str, pattern: str, on_answer: Callable[[], None] = lambda: None) -> None:
         super().__init__(daemon=True)
-        self.pattern = os.path.join(glob.escape(folder), pattern)
+        self.folder, self.pattern, self.on_answer = folder, pattern, on_answer
         self.count = 0
         self.newest: Optional[JSON] = None
         self.seen: Optional[set[str]] = None
-        self.active = True
+        self.soon = threading.Event()
+        self.asked = self.answered = 0
+        self.odd = ""
+
+    def ask(self) -> int:
+        """Look now. Returns the number that ``answered`` has once a look is over that began after this."""
+        self.asked += 1
+        self.soon.set()
+        return self.asked
 
     def look(self) -> None:
         """A name never seen before is progress; so is a rewrite where the pattern matches only one file."""
         found = {}
-        for path in glob.glob(self.pattern, recursive=True):
-            stamp = mtime(path)
-            if stamp is not None and not path.endswith(".tmp"):
-                found[path] = stamp
+        for entry in find(self.folder, self.pattern, seconds=self.LONGEST):
+            path = os.path.join(self.folder, entry.path)
+            if not entry.path.startswith(self.SET_ASIDE) and not path.endswith(".tmp"):
+                stamp = mtime(path)
+                if stamp is not None:
+                    found[path] = stamp
         newest = max(found, key=lambda path: (found[path], path)) if found else None
         previous = self.newest
         if newest is not None:
@@ -1436,12 +1522,24 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while True:
-            if self.active:
-                try:
-                    self.look()
-                except OSError:
-                    pass
-            time.sleep(self.PERIOD)
+            self.soon.clear()
+            asked = self.asked
+            try:
+                self.look()
+            except Exception as error:  # whatever it is, later checkpoints have to count
+                text = f"cannot look for checkpoints in {self.folder}: {kind_and_text(error)}"
+                if text != self.odd:
+                    self.odd = text
+                    say(text)
+            if asked != self.answered:
+                self.answered = asked
+                self.on_answer()
+            self.soon.wait(self.PERIOD)
+
+
+def kind_and_text(error: Exception) -> str:
+    """An error for a sentence, with its kind: many have a text that says little without."""
+    return one_line(f"{type(error).__name__}: {error}", 200)
 
 
 def size_text(value: float) -> str:
@@ -1468,17 +1566,17 @@ def check_room(path: str, wanted: int) -> str:
 def check_port(port: int) -> str:
     """Empty, or why torchrun could not listen on the port."""
     family = socket.AF_INET6 if socket.has_ipv6 and os.path.exists("/proc/net/if_inet6") else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             sock.bind(("", port))
             sock.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return f"port {port} is held by another process (ss -ltnp 'sport = :{port}' names it)"
-            return f"port {port} cannot be used: {error.strerror}"
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return f"port {port} is held by another process (ss -ltnp 'sport = :{port}' names it)"
+        return f"port {port} cannot be used: {error.strerror}"
     return ""
 
 
@@ -1610,6 +1708,16 @@ class Link:
         self.order: Optional[JSON] = None   # last order sent
 
 
+class End(NamedTuple):
+    """How a torchrun has ended. What is ordered while the end is not reported yet had no hand in it."""
+
+    code: int
+    cause: Optional[JSON]
+    ordered: bool
+    asked: int          # the look for checkpoints that is waited for
+    until: float
+
+
 def source_of(sock: socket.socket) -> str:
     """The address at the other end, empty where there is none yet."""
     try:
@@ -1649,6 +1757,7 @@ class Supervisor:
 
     HANDSHAKE_TIME, STRANGERS = 3.0, 16
     PACE = 0.1      # seconds at least between looks at what costs time for every node
+    LAST_LOOK = 2.0     # seconds that torchrun's end waits for a look for checkpoints: a file system may hang
     ASK_AGAIN = 2.0     # seconds: a restart that takes long may become a stop
     STILL_ENDED = 10.0  # seconds after which it is no start of all nodes that is under way
 
@@ -1668,7 +1777,7 @@ class Supervisor:
         self.torchrun = Torchrun(CgroupTree(unit) if unit else MarkedTree(marker), marker,
                                  os.path.join(options.state_dir, "errors"), options.log_dir,
                                  lambda: self.post("closing", None))
-        self.watch = Watch(options.checkpoint_dir, options.checkpoint_glob) if options.checkpoint_dir else None
+        self.watch = Watch(options.checkpoint_dir, options.checkpoint_glob, self.wake) if options.checkpoint_dir else None
         old = read_known(self.state_file, STATE)
         goes_on = old.get("release") == options.release and old.get("job") == options.job
         generation = int(old.get("generation") or 0) if goes_on else 0
@@ -1678,7 +1787,7 @@ class Supervisor:
         self.coordinator: Optional[Coordinator] = None
         self.view: JSON = {"state": "waiting", "text": "not connected to rank 0 yet", "generation": generation,
                            "restarts": 0, "restarts_left": limits.max_restarts, "first_cause": None, "stopped_by": None,
-                           "checkpoint_hosts": old.get("checkpoint_hosts") or [],
+                           "checkpoint_hosts": hosts_within(old.get("checkpoint_hosts") or []),
                            "checkpoints": old.get("checkpoints") or {}}
         if self.rank == 0:
             kept = old if goes_on and not old.get("result") else {}
@@ -1689,8 +1798,7 @@ class Supervisor:
                                            time.monotonic())
             self.coordinator.first_cause, self.coordinator.restarts = kept.get("first_cause"), kept.get("restarts") or 0
             self.coordinator.history = [cause for cause in kept.get("history") or [] if cause]
-            self.coordinator.checkpoint_hosts = self.view["checkpoint_hosts"]
-            self.coordinator.checkpoints_seen = dict(self.view["checkpoints"])
+            self.coordinator.remember(self.view["checkpoint_hosts"], self.view["checkpoints"])
             self.view = self.coordinator.view()
             self.coordinator.join(0, 0, time.monotonic())
         self.listener: Optional[socket.socket] = None
@@ -1702,6 +1810,7 @@ class Supervisor:
         self.clock: Optional[tuple[float, float]] = None      # round trip, offset to rank 0 in seconds
         self.clock_at = 0.0         # when that was measured: a clock that was set, or a machine that was paused, changes it
         self.kill_at: Optional[float] = None
+        self.end: Optional[End] = None      # of a torchrun, until the last look for its checkpoints is over
         self.last_exit: Optional[JSON] = None
         self.written: JSON = {}
         self.said, self.text, self.text_since = "", "", 0.0
@@ -1727,9 +1836,18 @@ class Supervisor:
         except BlockingIOError:
             pass
 
-    def in_background(self, kind: str, function: Callable[[], Any]) -> None:
-        """Call what may take long; its result comes back as an event."""
-        threading.Thread(target=lambda: self.post(kind, function()), daemon=True).start()
+    def in_background(self, kind: str, function: Callable[[], Any], otherwise: Callable[[str], Any]) -> None:
+        """Call what may take long; its result comes back as an event, and so does what stands for an error."""
+        def work() -> None:
+            try:
+                value = function()
+            except Exception as error:  # no event at all would be waited for
+                value = otherwise(kind_and_text(error))
+            self.post(kind, value)
+        try:
+            threading.Thread(target=work, daemon=True).start()
+        except RuntimeError as error:   # no more threads: at the limit of the unit's tasks, say
+            self.post(kind, otherwise(kind_and_text(error)))
 
     def on_signal(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT:         # Ctrl-C, or asked for by name; systemd sends SIGTERM
@@ -1740,7 +1858,7 @@ class Supervisor:
     def ask_why(self) -> None:
         """Ask systemd in the background why this unit has to end."""
         self.next_ask = time.monotonic() + self.ASK_AGAIN
-        self.in_background("stop", lambda: why_ended(self.unit))
+        self.in_background("stop", lambda: why_ended(self.unit), lambda _error: "unknown")
 
     # -- the loop
 
@@ -1780,6 +1898,8 @@ class Supervisor:
             times.append(self.next_state)
         if self.kill_at is not None:
             times.append(now + 0.05)
+        if self.end:
+            times.append(self.end.until)
         return max(min(times), now + 0.01)
 
     def turn(self, now: float) -> None:
@@ -1839,9 +1959,10 @@ class Supervisor:
         kind = action[0]
         if kind == "check":
             checks, visible = list(self.options.checks), os.environ.get("CUDA_VISIBLE_DEVICES")
-            self.in_background("checked", lambda: run_checks(checks, visible))
+            self.in_background("checked", lambda: run_checks(checks, visible), lambda error: [
+                {"check": "internal", "text": one_line(f"the local checks cannot be made: {error}", 300)}])
         elif kind == "start":
-            self.kill_at = None
+            self.kill_at = self.end = None
             self.torchrun.start(self.options.command, action[1])
             self.reap(now)
         elif kind == "terminate":
@@ -1854,11 +1975,13 @@ class Supervisor:
             if action[1] == "done":
                 self.write_done()
         elif kind == "exit" and self.code is None:
-            leave = self.member.leaving or (self.member.stop_at is not None and self.member.result == "done")
-            if self.coordinator is None or leave or self.coordinator.finished(now):
-                if self.coordinator and self.member.result == "done":
+            member = self.member
+            leave = (member.leaving or member.stop_at is not None) if member.result == "done" else member.leaving and not member.result
+            if self.coordinator is None or (self.coordinator.depart(now) if leave else self.coordinator.finished(now)):
+                if self.coordinator and member.result == "done":
                     self.write_done()       # who has been told by now, so that a reboot does not wait for them
                 self.code, self.quit_by = action[1], now + 2.0
+                self.tell_view()
 
     def reap(self, now: float) -> None:
         """torchrun has exited: kill what it left behind, then report its end."""
@@ -1871,11 +1994,12 @@ class Supervisor:
             self.torchrun.tree.kill()
             return
         self.kill_at = None
-        self.torchrun.close()
-        code = self.torchrun.exit_code() or 0
-        cause = sendable(self.torchrun.cause()) if code else None
-        if cause and self.clock:
-            cause["time"] = min(max(0.0, cause["time"] + self.clock[1]), LAST_MOMENT)       # rank 0's clock
+        self.end = self.end or self.note_end(now)
+        code, cause, self.member.ordered, asked, until = self.end
+        # A stop's checkpoint is younger than the last look, and who hears of the end may be gone before the next.
+        if self.watch and self.watch.answered < asked and now < until:
+            return
+        self.end = None
         self.member.ended(code, cause, now)
         self.last_exit = dict(self.member.exit or {}, time=time.time())
         if code and not (self.member.ordered and not (cause or {}).get("own")):
@@ -1883,6 +2007,15 @@ class Supervisor:
         else:
             say(f"torchrun of generation {self.member.generation} has ended on {self.options.host}"
                 + (" as ordered" if self.member.ordered else ""))
+
+    def note_end(self, now: float) -> End:
+        """Nothing of torchrun is alive: how it ended. Has checkpoints looked for once more."""
+        self.torchrun.close()
+        code = self.torchrun.exit_code() or 0
+        cause = sendable(self.torchrun.cause()) if code else None
+        if cause and self.clock:
+            cause["time"] = min(max(0.0, cause["time"] + self.clock[1]), LAST_MOMENT)       # rank 0's clock
+        return End(code, cause, self.member.ordered, self.watch.ask() if self.watch else 0, now + self.LAST_LOOK)
 
     def clear_leftovers(self) -> None:
         """Nothing of an earlier supervisor's torchrun may be alive when this node joins."""
@@ -2097,6 +2230,15 @@ class Supervisor:
             self.view = self.coordinator.view()
             link.view = message["view"] = self.view
         self.transmit(link, message)
+
+    def tell_view(self) -> None:
+        """The last word of rank 0 to all: until it is back, they are the ones that are asked."""
+        if self.coordinator:
+            self.date_causes()
+            self.view = self.coordinator.view()
+            for link in list(self.links.values()):
+                if link.number:
+                    self.send_order(link, None)
 
     def report(self) -> JSON:
         report = self.member.report()
