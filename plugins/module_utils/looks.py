@@ -17,18 +17,27 @@ def reader(user: str) -> safe_files.Account | None:
 
 
 class Looks:
-    """Several looks of one user, and a sentence on each that brought no answer."""
+    """Several looks of one user, and a sentence on each that brought no answer.
 
-    def __init__(self, who: safe_files.Account | None) -> None:
+    Attributes:
+        failed: the sentences.
+        dead: paths that did not answer; nobody waits for them again.
+    """
+
+    def __init__(self, who: safe_files.Account | None, dead: set[str] | None = None) -> None:
         self.who = who
         self.failed: list[str] = []
+        self.dead = set() if dead is None else dead
 
     def at(self, path: str, work: t.Callable[[], t.Any], default: t.Any, seconds: float = safe_files.SECONDS) -> t.Any:
         """Return what was found, a default where no answer comes; ``path`` is what the sentence then names."""
         shown = hostile_input.printable(path, 200)
+        if path in self.dead:
+            return default
         try:
             return safe_files.as_user(self.who, work, seconds)
         except TimeoutError:
+            self.dead.add(path)
             self.failed.append(f"{shown} does not answer within {seconds:.0f} s")
         except OSError as error:
             self.failed.append(f"{shown} cannot be looked at: {(error.strerror or str(error)).lower()}")

@@ -297,7 +297,7 @@ def main() -> None:
     params = module.params
     reader = looks.reader(params["user"])
     environments = [*module.params["environments"], *node_facts.environments(module.params["environments_root"])]
-    roots = looks.Looks(None)
+    roots = looks.Looks(None)  # an environment may lie on a file system that is gone
     name = socket.gethostname()
     node = {
         "error": "",

@@ -169,9 +169,9 @@ def evidence(module: AnsibleModule, look: looks.Looks) -> dict[str, object]:
 def jobs_own(params: dict[str, object], look: looks.Looks) -> dict[str, object]:
     """Return what lies in the job's folders: its state, newest checkpoint and releases."""
     root, folder, pattern = (str(params[name]) for name in ("root", "checkpoint_dir", "checkpoint_glob"))
-    states = looks.Looks(look.who)
+    states = looks.Looks(look.who, look.dead)
     state, odd = states.at(root, lambda: supervisor_state.read(root), ({}, ""))
-    roots = looks.Looks(None)
+    roots = looks.Looks(None, look.dead)
     releases = roots.at(
         root, lambda: {"release": job_folders.current(root), "releases": job_folders.history(root), "unsafe": job_folders.unsafe(root)}, {}
     )
@@ -184,7 +184,7 @@ def jobs_own(params: dict[str, object], look: looks.Looks) -> dict[str, object]:
     }
     unsafe = releases.get("unsafe", "")
     # Of a root that does not answer, the state's look has told.
-    look.failed += [sentence for sentence in [*roots.failed, *([unsafe] if unsafe else [])] if sentence not in states.failed]
+    look.failed += [*roots.failed, *([unsafe] if unsafe else [])]
     return found
 
 
@@ -228,7 +228,7 @@ def main() -> None:
                 "result": show.get("Result", ""),
                 "since": time.time() - time.monotonic() + since if since else None,
                 **found,
-                "unread": list(dict.fromkeys(look.failed)),
+                "unread": look.failed,
                 "place": job_folders.place(unit_text(unit)),
                 "step": step,
                 "step_time": step_time,
