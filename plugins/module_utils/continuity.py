@@ -261,7 +261,7 @@ def what_was(seats: t.Sequence[Seat]) -> t.Optional[Past]:
         # Without what the supervisors wrote, anything may have been.
         doubt = not candidates[host] and ((host in seen and not heard) or not told)
         had.append(Had(host, rank, place, certain=not doubt))
-    written = any(files and newest_of(files).time >= started for files in candidates.values())
+    written = any(found and found.time >= started for found in map(newest_of, candidates.values()))
     for entry in had:
         if accepted and accepted >= started - TOLERANCE:
             # A person has accepted the loss at this start: what is from before does not count once anything was written since.

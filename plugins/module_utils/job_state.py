@@ -79,12 +79,12 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
     if elsewhere:
         text = f"the release {release} would go on from the checkpoints of another folder: {', '.join(elsewhere)}"
         return "refuse", f"{text}; deploy its source with playbooks/train.yml instead, which keeps the folder", release
-    if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
-        return "follow", f"the job runs the release {release} already", release
     moved = [text for rank, (host, info) in enumerate(infos.items()) for text in other_place(host, rank, len(infos), info, release)]
     if moved:
         text = f"the cluster has changed since the release {release} ran: {', '.join(moved)}; put the hosts back into that order"
         return "refuse", f"{text} ({ORDER}), or deploy its source with playbooks/train.yml instead", release
+    if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
+        return "follow", f"the job runs the release {release} already", release
     return "rollback", f"the job goes back to the release {release}: it writes a checkpoint, stops, and resumes with it", release
 
 

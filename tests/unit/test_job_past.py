@@ -199,5 +199,10 @@ def test_rollback_with_another_rank_0_or_a_renamed_host_is_refused_before_the_jo
     assert "host was old and is new on new" in job_state.decide_rollback(infos)[1]
 
 
+def test_a_release_that_runs_already_is_compared_too():
+    infos = {"n2": {"releases": [release("n2", 1, 2, "x"), {"release": "b", "back": False, "kept": True}], "release": "a", "unit": "active"}}
+    assert job_state.decide_rollback(infos)[0] == "refuse", "what is written down of a start must not differ from the units"
+
+
 def test_rollback_says_why_no_release_is_known():
     assert "/r/releases can be written" in job_state.decide_rollback({"n1": {"releases": [], "unread": ["/r/releases can be written by others than root"]}})[1]
