@@ -140,7 +140,8 @@ DAYS_OF_KERNEL = 7
 # A firewall that logs packets may fill a disk.
 KERNEL_LINES = "--lines=100000"
 # For looks that go through many files; they end by themselves in less.
-CHECKPOINTS_SECONDS, ERRORS_SECONDS = 20.0, 40.0
+CHECKPOINTS_SECONDS = 20.0
+ERRORS_SECONDS = 40.0
 
 
 def gpu_processes(module: AnsibleModule) -> list[dict[str, object]]:
