@@ -70,6 +70,7 @@ class Seat:
         done: the release that has finished.
         active: whether the job runs there.
         ran: whether its unit has been started since.
+        unread: why it is not known which checkpoints lie on it; empty where that is known.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Seat:
     done: str = ""
     active: bool = False
     ran: bool = True
+    unread: str = ""
 
     @property
     def newest(self) -> t.Optional[Checkpoint]:
@@ -135,6 +137,7 @@ def seat(host: Host, rank: int, unit: str) -> Seat:
         state=str(past.get("state") or "missing"),
         done=str(past.get("done") or ""),
         ran=bool(record.get("ran", True)),
+        unread=str(past.get("unread") or ""),
         active=any(job["unit"] == unit and job["active"] for job in host.node.get("jobs") or []),
     )
 
@@ -258,15 +261,45 @@ def what_was(seats: t.Sequence[Seat]) -> t.Optional[Past]:
         # Without what the supervisors wrote, anything may have been.
         doubt = not candidates[host] and ((host in seen and not heard) or not told)
         had.append(Had(host, rank, place, certain=not doubt))
-    newest = [newest_of(found) for found in candidates.values()]
-    written = any(found and found.time >= started for found in newest)
+    written = any(found and found.time >= started for found in map(newest_of, candidates.values()))
     for entry in had:
-        # Where anything was written since the start, what is older is left over from before: others have written, and it has not.
-        counting = [found for found in candidates[entry.host] if not written or found.time >= started - TOLERANCE]
+        if accepted and accepted >= started - TOLERANCE:
+            # A person has accepted the loss at this start: what is from before does not count once anything was written since.
+            counting = [found for found in candidates[entry.host] if not written or found.time >= started - TOLERANCE]
+            entry.certain = entry.certain or not written
+        else:
+            counting = since_resumed(entry.host, candidates, started)
         entry.newest = newest_of(counting)
-        if not written and accepted and accepted >= started - TOLERANCE:
-            entry.certain = True  # a person has accepted the loss, and nothing has been written since
     return Past(had, nodes, started)
+
+
+def since_resumed(host: str, candidates: t.Mapping[str, t.Sequence[Checkpoint]], started: float) -> list[Checkpoint]:
+    """Return those of a host's checkpoints that are not left over from before what the job resumed from.
+
+    Where others have written since the start and the host has not, it either writes none any more, or it was lost in the middle of
+    the first round. So what each of the others had newest at the start still counts, and what is as new. Where none of them has
+    that any more and one round may be all that they wrote since, only other kinds of files are surely left over.
+
+    Args:
+        host: its name in the last start.
+        candidates: host → what it has.
+        started: when the job was started.
+    """
+    mine = candidates[host]
+    since = {name: [found for found in files if found.time >= started] for name, files in candidates.items()}
+    fresh = [found for found in mine if found.time >= started - TOLERANCE]
+    if since[host]:
+        return fresh
+    writers = [name for name, files in since.items() if files]
+    if not writers:
+        return list(mine)
+    resumed = [max(old, key=lambda found: found.time) for old in ([found for found in candidates[name] if found.time < started] for name in writers) if old]
+    if resumed:
+        return fresh + [found for found in mine if any(not_older(found, old) for old in resumed)]
+    if any(max(found.time for found in since[name]) - min(found.time for found in since[name]) > TOLERANCE for name in writers):
+        return fresh
+    kinds = {scheme(found.name)[0] for name in writers for found in since[name]}
+    return fresh + [found for found in mine if scheme(found.name)[0] in kinds]
 
 
 def fill_in(ranks: dict[str, int], witnesses: t.Sequence[Seat], nodes: int) -> None:
@@ -312,8 +345,15 @@ def lost(seats: t.Sequence[Seat], folder: str, release: str = "") -> list[Proble
     past = what_was(seats)
     if past is None:
         return []
-    check = Check(seats, past, folder)
-    return check.problems()
+    unread = [unknown(seat) for seat in seats if seat.unread]
+    # What would be said of the others is not sure while a node may hold anything.
+    return unread or Check(seats, past, folder).problems()
+
+
+def unknown(seat: Seat) -> Problem:
+    """Return the problem of a host of which nobody can tell what it has."""
+    cure = "see that its file system answers and that the pattern torchrun_checkpoint_glob matches little else, or go on without that knowledge"
+    return Problem(seat.name, FOLDER, f"its checkpoints cannot be looked at ({seat.unread})", f"{cure} with -e {ACCEPT}=true")
 
 
 class Check:
@@ -352,7 +392,8 @@ class Check:
         if need is None:
             return self.covers_unknown(heir, had)
         if heir is had.seat:
-            return not_older(newest, need) or near(heir, newest, need)
+            # Of a round of several files, the last one to be written may have the lowest number.
+            return any(not_older(entry, need) for entry in heir.now) or near(heir, newest, need)
         if any(copy_of(entry, need) for entry in heir.now):
             return True
         if had.seat and had.seat.active and any(copy_of(newest, entry) for entry in had.seat.files[:2]):

@@ -148,7 +148,7 @@ class Found(t.NamedTuple):
     size: int
 
 
-def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0) -> list[Found]:
+def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0, whole: bool = False) -> list[Found]:
     """Return what matches a pattern of paths as glob.glob knows it, without following a link and without end.
 
     Args:
@@ -156,8 +156,14 @@ def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0)
         pattern: with ``*``, ``?``, ``[…]`` and ``**`` (any folders); hidden names only where the pattern begins with a dot.
         most: names that are looked at; where there are more, some are not found.
         seconds: for how long is looked.
+        whole: whether an answer that lacks something is none. What lies more than 32 folders deep, or in a folder below
+            that cannot be opened, is not looked for in any case.
+
+    Raises:
+        Odd: the answer would not be whole.
     """
     found: list[Found] = []
+    names, limit = most, seconds
     # Folders to look into, and what has to match there. A folder can come twice where the pattern has several "**".
     parts = tuple(part for part in pattern.split("/") if part not in ("", "."))
     waiting, seen = [("", parts)] if parts else [], set()
@@ -170,7 +176,7 @@ def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0)
         first, after = rest[0], rest[1:]
         if first == "**" and after:
             waiting.append((below, after))
-        for entry in folder_entries(trusted, below, most):
+        for entry in folder_entries(trusted, below, most, whole):
             most -= 1
             name = os.path.basename(entry.path)
             if name.startswith(".") and not first.startswith("."):
@@ -182,14 +188,23 @@ def find(trusted: str, pattern: str, most: int = 100_000, seconds: float = 10.0)
                     found.append(entry)
                 elif entry.folder and first != "**":
                     waiting.append((entry.path, after))
+    if whole and most <= 0:
+        raise Odd(f"{shown(trusted)} holds more than {names} names")
+    if whole and waiting:
+        raise Odd(f"to look through {shown(trusted)} takes longer than {limit:.0f} s")
     return found
 
 
-def folder_entries(trusted: str, below: str, most: int) -> t.Iterator[Found]:
-    """Yield what lies in a folder, at most so many; nothing where there is no such folder."""
+def folder_entries(trusted: str, below: str, most: int, whole: bool = False) -> t.Iterator[Found]:
+    """Yield what lies in a folder, at most so many; nothing where there is no such folder.
+
+    With ``whole``, a folder that is there and does not tell all that it holds raises Odd; one below ``trusted`` need not open.
+    """
     try:
         folder = open_folder(trusted, below)
-    except Odd:
+    except Odd as odd:
+        if whole and not below and not isinstance(odd, Absent):
+            raise
         return
     try:
         with os.scandir(folder) as entries:
@@ -200,7 +215,9 @@ def folder_entries(trusted: str, below: str, most: int) -> t.Iterator[Found]:
                     continue  # gone while we looked
                 moment = status.st_mtime if 0 <= status.st_mtime <= LAST_MOMENT else 0.0
                 yield Found(os.path.join(below, entry.name), stat.S_ISDIR(status.st_mode), moment, status.st_size)
-    except OSError:
+    except OSError as error:
+        if whole:
+            raise refusal(os.path.join(trusted, below), error) from None
         return
     finally:
         os.close(folder)

@@ -94,8 +94,8 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
 
     Returns:
         ``sentence`` (one for people), ``cause`` (an event or None), ``evidence`` (all events of that time), ``meaning``
-        (sentences with cures), ``now`` (the job's state), ``odd`` (states that no supervisor has written), ``unreachable``
-        and ``history`` (earlier causes, oldest first).
+        (sentences with cures), ``now`` (the job's state), ``odd`` (states that no supervisor has written), ``unread`` (looks
+        that brought no answer), ``unreachable`` and ``history`` (earlier causes, oldest first).
     """
     host, state = known_state(infos)
     unreachable = {name: str(info["error"]) for name, info in infos.items() if info.get("error")}
@@ -111,6 +111,7 @@ def explain(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[str, t.Any]:
         "evidence": disks,
         "meaning": [],
         "odd": odd,
+        "unread": job_state.unread(infos),
         "unreachable": unreachable,
         "history": list(state.get("history") or []),
     }
@@ -167,7 +168,7 @@ def lines(job: str, found: t.Mapping[str, t.Any]) -> list[str]:
         text.append("  evidence")
     text += [f"    {clock(entry['time'])}  {entry['host']}  {entry['source']}: {entry['text']}" for entry in found["evidence"][:20]]
     text += [f"    {'':19}  {host}  does not answer: {error}" for host, error in found["unreachable"].items()]
-    text += [f"    {'':19}  {sentence}" for sentence in found["odd"]]
+    text += [f"    {'':19}  {sentence}" for sentence in [*found["odd"], *found["unread"]]]
     earlier = found["history"][:-1]
     if earlier:
         text.append("  earlier")

@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import os
 import shutil
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, folder_acl, hostile_input, launch, safe_files, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    checkpoint_files,
+    environment,
+    folder_acl,
+    hostile_input,
+    launch,
+    safe_files,
+    source_tree,
+)
 
 RECORD = "release.json"
 HISTORY = "history.json"
@@ -34,7 +41,6 @@ HISTORY = "history.json"
 PARTIAL = ".partial"
 # Starts that are remembered.
 STARTS = 50
-SET_ASIDE = "set-aside-"
 # Seconds for what happens in the folders of the job's user, which may lie on a slow network file system.
 SECONDS = 120.0
 
@@ -66,7 +72,7 @@ def staged(root: str, release: str, who: safe_files.Account | None) -> dict[str,
             return record if record and record.get("source_hash") == source_hash(folder, who) else {}
     except TimeoutError:
         raise
-    except (OSError, source_tree.SourceError):
+    except (OSError, source_tree.SourceError, safe_files.Unsafe):
         return {}
 
 
@@ -171,8 +177,21 @@ def current(root: str) -> str:
     try:
         with safe_files.pinned(root) as job:
             return os.path.basename(os.readlink(os.path.join(job, "current")))
-    except OSError:
+    except (OSError, safe_files.Unsafe):
         return ""
+
+
+def unsafe(root: str) -> str:
+    """Return why root does not believe what lies in the folder of a job's releases, as a sentence; empty where it does."""
+    try:
+        with opened_releases(root):
+            return ""
+    except safe_files.Unsafe as error:
+        return f"{error}; name a folder that only root, or only the job's user, can change, or remove the link"
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return ""  # a job that was never provisioned
+        return f"{root}/releases cannot be read: {(error.strerror or str(error)).lower()}"
 
 
 def switch(root: str, release: str, who: safe_files.Account) -> None:
@@ -242,17 +261,26 @@ def history(root: str) -> list[dict[str, t.Any]]:
     try:
         with opened_releases(root) as releases:
             starts = json.loads(safe_files.read_text(os.path.join(releases, HISTORY), only_roots=True))
-    except (OSError, ValueError):
+    except (OSError, ValueError, safe_files.Unsafe):
         return []
     return [{**start, **kept_place(root, start["release"])} for start in starts]
 
 
 def kept_place(root: str, release: str) -> dict[str, t.Any]:
-    """Return whether a release can be gone back to (C(kept)), and where its checkpoints lay (C(checkpoints))."""
-    kept = kept_run(root, release)
+    """Return whether a release can be gone back to (C(kept)), where its checkpoints lay (C(checkpoints)), and its C(place)."""
+    try:
+        kept = kept_run(root, release)
+    except safe_files.Unsafe:
+        kept = None
     options = launch.supervisor_options(kept[0]) if kept else {}
     checkpoints = [options["checkpoint-dir"], options.get("checkpoint-glob", "")] if options.get("checkpoint-dir") else []
-    return {"kept": kept is not None, "checkpoints": checkpoints}
+    return {"kept": kept is not None, "checkpoints": checkpoints, "place": place(kept[0] if kept else "")}
+
+
+def place(unit: str) -> dict[str, str]:
+    """Return a unit's place in the cluster, with the host that it is for; empty without a unit."""
+    host = launch.supervisor_options(unit).get("host", "")
+    return {**({"host": host} if host else {}), **launch.place(unit)}
 
 
 def remember_start(root: str, release: str, back: bool) -> None:
@@ -275,21 +303,15 @@ def previous(starts: t.Sequence[t.Mapping[str, t.Any]]) -> str:
 
 
 def checkpoints(folder: str, pattern: str) -> list[str]:
-    """Return what in the checkpoint folder matches the pattern, relative to it, and belongs to no run that was set aside.
+    """Return the names of the checkpoints in a folder, relative to it. Runs as the job's user.
 
-    Links that lead out of the folder are not followed. Runs as the job's user.
+    Raises:
+        OSError: not all of them can be found.
     """
-    if not folder or not os.path.isdir(folder):
-        return []
-    inside = os.path.realpath(folder)
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), pattern), recursive=True):
-        name = os.path.relpath(path, folder)
-        parent = os.path.realpath(os.path.dirname(path.rstrip("/")))
-        if name.startswith((os.curdir, os.pardir)) or name.startswith(SET_ASIDE) or os.path.commonpath([parent, inside]) != inside:
-            continue
-        found.append(name)
-    return sorted(set(found))
+    try:
+        return sorted({entry.path for entry in checkpoint_files.find(folder, pattern)})
+    except hostile_input.Odd as odd:
+        raise OSError(errno.EIO, str(odd), folder) from None
 
 
 def set_aside(folder: str, pattern: str) -> int:
@@ -301,7 +323,7 @@ def set_aside(folder: str, pattern: str) -> int:
     names = checkpoints(folder, pattern)
     if not names:
         return 0
-    target = new_folder(os.path.join(folder, SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
+    target = new_folder(os.path.join(folder, checkpoint_files.SET_ASIDE + time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())))
     moved = 0
     failure = None
     for name in names:

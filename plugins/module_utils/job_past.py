@@ -11,20 +11,31 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
-import heapq
 import json
 import os
+import re
 import sys
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import environment, hostile_input, job_folders, launch, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    checkpoint_files,
+    environment,
+    hostile_input,
+    launch,
+    looks,
+    safe_files,
+    supervisor_state,
+)
 
 # Newest checkpoints that are told, and bytes of each end of a file that tell it from others.
 RECENT = 4
 END = 1 << 16
+# For the names and the ends of the checkpoints of one folder.
+SECONDS = checkpoint_files.SECONDS + 5.0
+# What is known where the supervisors have left nothing.
+NOTHING: dict[str, t.Any] = {"known": [], "seen": [], "done": ""}
 
 
 def record_path(job: str, root: str = "/") -> str:
@@ -73,13 +84,14 @@ def forget(job: str) -> None:
     environment.write_atomically(record_path(job), json.dumps(record) + "\n")
 
 
-def look(job: str, folder: str, pattern: str, root: str = "/") -> dict[str, t.Any]:
-    """Return what the node knows.
+def look(job: str, folder: str, pattern: str, who: safe_files.Account | None, root: str = "/") -> dict[str, t.Any]:
+    """Return what the node knows. What is root's is told whatever becomes of the looks into the job's folders.
 
     Args:
         job: its name.
         folder: where the checkpoints are to lie from now on.
         pattern: what they are to be called.
+        who: whose rights are used in the job's folders; None for root's.
         root: stands for ``/``.
 
     Returns:
@@ -87,7 +99,8 @@ def look(job: str, folder: str, pattern: str, root: str = "/") -> dict[str, t.An
         newest checkpoints in the folder, newest first, each with ``name`` (below the folder), ``time`` and ``digest``;
         ``folder``, ``pattern`` and ``before``: where they lay before and the newest there, where that differs; ``known``: the
         newest one of each host as the supervisors saw it, with ``host``, ``rank`` (-1: not known), ``name`` and ``time``;
-        ``seen``: hosts on which they saw any; ``state``: read, missing or odd; ``done``: the release that is finished.
+        ``seen``: hosts on which they saw any; ``state``: read, missing or odd; ``done``: the release that is finished;
+        ``unread``: why some of it is not known, empty where all is.
     """
     unit, text = {}, ""
     path = os.path.join(root, "etc/systemd/system", f"torchrun-{job}.service")
@@ -102,43 +115,49 @@ def look(job: str, folder: str, pattern: str, root: str = "/") -> dict[str, t.An
             "time": os.stat(path).st_mtime,
         }
     record = read_record(job, root)
-    before = record.get("checkpoint_dir") if record else options.get("checkpoint-dir")
-    before_pattern = record.get("checkpoint_glob") if record else options.get("checkpoint-glob")
+    before = str((record.get("checkpoint_dir") if record else options.get("checkpoint-dir")) or "")
+    before_pattern = str((record.get("checkpoint_glob") if record else options.get("checkpoint-glob")) or "")
     moved = bool(before) and (before, before_pattern) != (folder, pattern)
-    found: dict[str, t.Any] = {
+    started = float(record.get("time") or unit.get("time") or 0)
+    state_dir = options.get("state-dir", "")
+    looking = looks.Looks(who)
+    found = {
         "record": record,
         "unit": unit,
-        "now": newest(folder, pattern),
+        "now": looking.at(folder, lambda: newest(folder, pattern, started), [], SECONDS),
         "folder": before if moved else "",
         "pattern": before_pattern if moved else "",
-        "before": newest(str(before), str(before_pattern)) if moved else [],
+        "before": looking.at(before, lambda: newest(before, before_pattern, started), [], SECONDS) if moved else [],
+        **looking.at(state_dir, lambda: supervisors(state_dir, before or folder), {**NOTHING, "state": "odd"}),
     }
-    state_dir = options.get("state-dir", "")
-    return {**found, **supervisors(state_dir, str(before or folder))}
+    return {**found, "unread": "; ".join(looking.failed)}
 
 
 def supervisors(state_dir: str, folder: str) -> dict[str, t.Any]:
     """Return what the supervisors have written down, as far as it has the right shape."""
-    nothing: dict[str, t.Any] = {"known": [], "seen": [], "done": ""}
     if not state_dir:
-        return {**nothing, "state": "missing"}
+        return {**NOTHING, "state": "missing"}
     # The folder of the job is root's, its folder "state" is the job's.
     state, odd = supervisor_state.read(os.path.dirname(state_dir))
     if not state:
-        return {**nothing, "state": "odd" if odd else "missing"}
-    known = [(state.get("host"), state.get("rank", -1), state.get("checkpoint"))]
+        return {**NOTHING, "state": "odd" if odd else "missing"}
+    told = [(state.get("host"), state.get("rank"), state.get("checkpoint"))]
     for entries in (state.get("members") or {}, state.get("checkpoints") or {}):
         for key, entry in entries.items():
-            entry = entry or {}
-            rank = int(key) if key.isdigit() and len(key) < 6 else -1
-            known.append((entry.get("host"), rank, entry.get("checkpoint") if "checkpoint" in entry else entry))
+            rank = int(key) if re.fullmatch("[0-9]{1,5}", key) else None
+            told.append((entry.get("host"), rank, entry.get("checkpoint") if "checkpoint" in entry else entry))
+    known, seen = [], list(state.get("checkpoint_hosts") or [])
+    for host, rank, entry in told:
+        path, moment = (entry or {}).get("path"), (entry or {}).get("time")
+        if not host or not path or checkpoint_files.was_set_aside(path, folder):
+            continue
+        if moment is None:
+            seen.append(host)  # there was one, which is all that this tells
+        else:
+            known.append({"host": host, "rank": -1 if rank is None else rank, "name": relative(path, folder), "time": moment})
     return {
-        "known": [
-            {"host": host, "rank": rank, "name": relative(entry["path"], folder), "time": entry["time"]}
-            for host, rank, entry in known
-            if host and entry and entry.get("path")
-        ],
-        "seen": state.get("checkpoint_hosts") or [],
+        "known": known,
+        "seen": list(dict.fromkeys(seen)),
         "done": state.get("release", "") if state.get("result") == "done" else "",
         "state": "read",
     }
@@ -150,19 +169,20 @@ def relative(path: str, folder: str) -> str:
     return path[len(prefix) :] if path.startswith(prefix) else os.path.basename(path)
 
 
-def newest(folder: str, pattern: str) -> list[dict[str, t.Any]]:
-    """Return the newest checkpoints of a folder, newest first; empty where it has none."""
-    found = []
-    for path in glob.iglob(os.path.join(glob.escape(folder), pattern), recursive=True) if folder else []:
-        if relative(path, folder).startswith(job_folders.SET_ASIDE):
-            continue
-        with contextlib.suppress(OSError):  # replaced while we looked
-            found.append((os.stat(path).st_mtime, path))
-    best = heapq.nlargest(RECENT, found)
-    return [
-        {"name": hostile_input.printable(relative(path, folder)), "time": modified, "digest": digest(folder, relative(path, folder))}
-        for modified, path in best
-    ]
+def newest(folder: str, pattern: str, started: float = 0.0) -> list[dict[str, t.Any]]:
+    """Return the newest checkpoints of a folder, newest first; empty where it has none.
+
+    Args:
+        folder: the folder.
+        pattern: what they are called.
+        started: when the job was started last; the newest one from before is told too, from which it may have gone on.
+
+    Raises:
+        hostile_input.Odd: not all of them can be found.
+    """
+    found = checkpoint_files.recent(folder, pattern, whole=True)
+    best = found[:RECENT] + [entry for entry in found[RECENT:] if entry.modified < started][:1]
+    return [{"name": hostile_input.printable(entry.path), "time": entry.modified, "digest": digest(folder, entry.path)} for entry in best]
 
 
 def digest(folder: str, name: str) -> str:

@@ -11,6 +11,10 @@ import typing as t
 from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, job_folders, nvidia_text, supervisor_state
 
 
+# What gives hosts their ranks.
+ORDER = "in the inventory, or with torchrun_node_rank"
+
+
 def decide(answers: t.Mapping[str, t.Mapping[str, t.Any]]) -> tuple[str, str]:
     """Return what has to be done to run the staged release everywhere, and a sentence.
 
@@ -45,7 +49,7 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
     """Return what has to be done to go back to an earlier release, a sentence, and the release.
 
     Args:
-        infos: host → what torchrun_info found.
+        infos: host → what torchrun_info found, in the order of the ranks.
         wanted: id of the release to go back to; empty for the one that ran before the newest.
 
     Returns:
@@ -54,6 +58,9 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
     targets = {host: wanted or job_folders.previous(info.get("releases") or []) for host, info in infos.items()}
     without = [host for host, target in targets.items() if not target]
     if without:
+        odd = unread({host: infos[host] for host in without})
+        if odd:
+            return "refuse", f"which releases have run is not known: {'; '.join(odd)}", ""
         return "refuse", f"no earlier release has run on {', '.join(without)}; deploy the old source with playbooks/train.yml", ""
     if len(set(targets.values())) > 1:
         each = ", ".join(f"{target} on {host}" for host, target in targets.items())
@@ -72,6 +79,10 @@ def decide_rollback(infos: t.Mapping[str, t.Mapping[str, t.Any]], wanted: str = 
     if elsewhere:
         text = f"the release {release} would go on from the checkpoints of another folder: {', '.join(elsewhere)}"
         return "refuse", f"{text}; deploy its source with playbooks/train.yml instead, which keeps the folder", release
+    moved = [text for rank, (host, info) in enumerate(infos.items()) for text in other_place(host, rank, len(infos), info, release)]
+    if moved:
+        text = f"the cluster has changed since the release {release} ran: {', '.join(moved)}; put the hosts back into that order"
+        return "refuse", f"{text} ({ORDER}), or deploy its source with playbooks/train.yml instead", release
     if all(info.get("release") == release and info.get("unit") in ("active", "activating") for info in infos.values()):
         return "follow", f"the job runs the release {release} already", release
     return "rollback", f"the job goes back to the release {release}: it writes a checkpoint, stops, and resumes with it", release
@@ -95,6 +106,18 @@ def other_folder(host: str, info: t.Mapping[str, t.Any], release: str) -> str:
     folders = {start["release"]: start.get("checkpoints") or [] for start in info.get("releases") or []}
     then, now = folders.get(release) or [], folders.get(str(info.get("release"))) or []
     return f"{'/'.join(then)} where {'/'.join(now)} is now on {host}" if then and now and then != now else ""
+
+
+def other_place(host: str, rank: int, nnodes: int, info: t.Mapping[str, t.Any], release: str) -> list[str]:
+    """Return how the place that a host had with a release differs from the one that it has now.
+
+    Host, rank and number of nodes are compared with the plan, since the unit on disk may not know yet that the inventory has
+    changed; the address and port of rank 0 with that unit.
+    """
+    then = next((start.get("place") or {} for start in reversed(info.get("releases") or []) if start["release"] == release), {})
+    unit = info.get("place") or {}
+    now = {**{name: unit[name] for name in ("master-addr", "master-port") if name in unit}, "host": host, "node-rank": str(rank), "nnodes": str(nnodes)}
+    return [f"{name} was {then[name]} and is {now[name]} on {host}" for name in sorted(now) if name in then and then[name] != now[name]]
 
 
 def table(rows: t.Sequence[t.Sequence[t.Any]], header: t.Sequence[str]) -> list[str]:
@@ -238,12 +261,17 @@ def status_lines(job: str, infos: t.Mapping[str, t.Mapping[str, t.Any]], order: 
     unknown = "what it does is not known" if odd_states(infos) else "no supervisor has written a state yet"
     headline = next((text for text in texts if text), unknown)
     rows = table(status_rows(infos, order, time.time()), STATUS_HEADER)
-    return [f"job {job}: {headline}", *rows, *odd_states(infos), *firewall_lines(infos, order)]
+    return [f"job {job}: {headline}", *rows, *odd_states(infos), *unread(infos), *firewall_lines(infos, order)]
 
 
 def odd_states(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[str]:
     """Return a line for each node whose state.json is not what a supervisor writes."""
     return [f"{host}: {info['state_odd']}" for host, info in infos.items() if info.get("state_odd")]
+
+
+def unread(infos: t.Mapping[str, t.Mapping[str, t.Any]]) -> list[str]:
+    """Return a line for each look that brought no answer, such as one at a file system that is gone."""
+    return [f"{host}: {sentence}" for host, info in infos.items() for sentence in info.get("unread") or []]
 
 
 def firewall(answer: t.Mapping[str, t.Any]) -> dict[str, t.Any] | None:

@@ -12,7 +12,7 @@ import time
 import typing as t
 from dataclasses import dataclass, field
 
-from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import checkpoint_files, hostile_input, supervisor_state
 from ansible_collections.onprem.torch.plugins.module_utils.hostile_input import Fields, Shape, Text
 
 MARK = "--onprem-torch--"
@@ -73,7 +73,7 @@ def ranks(nodes: t.Mapping[str, t.Mapping[str, t.Any]]) -> dict[int, str]:
     return dict(enumerate(hosts))
 
 
-def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str = "") -> str:
+def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: tuple[str, str] | None = None) -> str:
     """Return a shell command that looks at a unit once; cheap enough to be run every second.
 
     It prints the unit's state, the supervisor's, the newest checkpoint and the next lines of the journal, with marks
@@ -85,7 +85,7 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str
         root: the job's folder.
         cursor: where the last look ended, empty for the first.
         since: where the first look begins, as journalctl understands it; empty for the unit's last start.
-        checkpoints: pattern of the checkpoints for the shell; empty where they are not asked for.
+        checkpoints: folder and pattern of the checkpoints; None where they are not asked for.
     """
     name = shlex.quote(unit)
     journal = f"journalctl {' '.join(AS_JSON)} --unit={name}"
@@ -99,7 +99,7 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: str
     parts = [
         f"systemctl show --no-pager --property=ActiveState --property=Result {name}",
         state_command(root),
-        f"{newest_command(checkpoints)} | base64 -w 0" if checkpoints else "true",
+        f"{newest_command(*checkpoints)} | base64 -w 0" if checkpoints else "true",
         f"{journal} 2>/dev/null | head -n {AT_MOST} | head -c {MOST_BYTES}",
     ]
     return f"; echo; echo {MARK}; ".join(parts)
@@ -116,10 +116,15 @@ def invocation_command(name: str) -> str:
     return f"i=$(systemctl show --no-pager --property=InvocationID --value {name}); echo ${{i:-$({last} 2>/dev/null | {field})}}"
 
 
-def newest_command(checkpoints: str) -> str:
-    """Return a shell command that prints the path of the newest checkpoint; a folder that is one by its own name."""
-    look = shlex.quote(f"ls -1td -- {checkpoints}")
-    return f"timeout -k 1 {SECONDS} sh -c {look} 2>/dev/null | head -n 1 | head -c 4096"
+def newest_command(folder: str, glob: str) -> str:
+    """Return a shell command that prints the path of the newest checkpoint; a folder that is one by its own name.
+
+    It passes over what checkpoint_files passes over too: what was set aside, and what is still being written.
+    """
+    look = shlex.quote(f"ls -1td -- {pattern(folder, glob)}")
+    aside = shlex.quote(f"{folder}/{checkpoint_files.SET_ASIDE}")
+    others = f"grep -avF -e {aside} | grep -av {shlex.quote(re.escape(checkpoint_files.UNFINISHED) + '$')}"
+    return f"timeout -k 1 {SECONDS} sh -c {look} 2>/dev/null | {others} | head -n 1 | head -c 4096"
 
 
 def state_command(root: str) -> str:

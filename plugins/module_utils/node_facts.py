@@ -21,7 +21,7 @@ import subprocess
 import time
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, safe_files, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import safe_files
 
 TCP_LISTEN = "0A"  # net/tcp_states.h: TCP_LISTEN = 10
 # For who holds the listening sockets: seconds in all, and descriptors of a process.
@@ -296,24 +296,3 @@ def firewalls(root: str = "/") -> dict[str, list[str]]:
 def system_bus(root: str = "/") -> bool:
     """Return whether the system's D-Bus can be asked, as every systemctl does that is not root's."""
     return os.path.exists(os.path.join(root, "run/dbus/system_bus_socket"))
-
-
-def newest(folder: str, pattern: str) -> dict[str, t.Any]:
-    """Return path, name, time and bytes of the newest file that matches, empty where there is none."""
-    found = hostile_input.find(folder, pattern) if folder else []
-    if not found:
-        return {}
-    latest = max(found, key=lambda entry: (entry.modified, entry.path))
-    path = hostile_input.printable(os.path.join(folder, latest.path), 4096)
-    return {"path": path, "name": os.path.basename(path), "time": latest.modified, "bytes": latest.size}
-
-
-def job_state(job_root: str) -> dict[str, t.Any]:
-    """Return what the plan needs of what this node's supervisor knows.
-
-    Returns:
-        ``checkpoint_hosts``: the hosts on which the job's supervisors have seen checkpoints; ``state_odd``: a sentence
-        where the supervisor's file is not what a supervisor writes, so that nothing is known, else empty.
-    """
-    state, odd = supervisor_state.read(job_root)
-    return {"checkpoint_hosts": list(state.get("checkpoint_hosts") or []), "state_odd": odd}

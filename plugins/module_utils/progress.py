@@ -13,8 +13,7 @@ from ansible_collections.onprem.torch.plugins.module_utils.journal import Look
 
 def command(job: t.Mapping[str, t.Any], cursor: str) -> str:
     """Return a shell command that looks at rank 0's unit once."""
-    checkpoints = journal.pattern(job["checkpoint_dir"], job["checkpoint_glob"])
-    return journal.command(job["unit"], job["root"], cursor, checkpoints=checkpoints)
+    return journal.command(job["unit"], job["root"], cursor, checkpoints=(job["checkpoint_dir"], job["checkpoint_glob"]))
 
 
 def obstacles(states: t.Mapping[str, str | None]) -> list[str]:

@@ -203,18 +203,11 @@ node:
       description: The jobs of this collection on the node, with C(job), C(unit), C(active), C(devices) and ports.
       type: list
       elements: dict
-    checkpoint:
-      description: C(name) and C(time) of the newest checkpoint; empty where there is none.
-      type: dict
-    checkpoint_hosts:
-      description: Hosts on which the job's supervisors have seen checkpoints.
-      type: list
-      elements: str
     state_odd:
       description: Why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty.
       type: str
     past:
-      description: The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes.
+      description: The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes. C(unread) tells why some of it is not known.
       type: dict
     glibc:
       description: Version of the C library, which decides the wheels that fit.
@@ -247,31 +240,19 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     hardware,
     hostile_input,
     job_past,
+    looks,
     node_facts,
     node_lock,
     run_lease,
     safe_files,
+    supervisor_state,
 )
 
 
-UNKNOWN_STATE = {"checkpoint_hosts": [], "state_odd": "the job's folder of states cannot be read"}
-
-
-def looked(who: safe_files.Account | None, work: t.Callable[[], t.Any], default: t.Any, seconds: float = safe_files.SECONDS) -> t.Any:
-    """Return what was found in a folder that may hang or mislead, a default where no answer comes.
-
-    Files of the job's or of a user's are read with the rights of the job's user, or of root where it is yet to be made.
-    """
-    try:
-        return safe_files.as_user(who, work, seconds)
-    except (OSError, RuntimeError):
-        return default
-
-
-def answers(question: t.Callable[[str], t.Any], paths: t.Sequence[str]) -> dict[str, t.Any]:
-    """Return the answer for each path; none for one whose file system does not answer in time."""
-    found = {path: looked(None, lambda path=path: question(path), None) for path in paths}
-    return {path: answer for path, answer in found.items() if answer is not None}
+def state_odd(job_root: str, who: safe_files.Account | None) -> str:
+    """Return why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty."""
+    look = looks.Looks(who)
+    return str(look.at(job_root, lambda: supervisor_state.read(job_root)[1], "") or "; ".join(look.failed))
 
 
 def there(paths: t.Sequence[str], who: safe_files.Account | None) -> dict[str, bool]:
@@ -280,8 +261,9 @@ def there(paths: t.Sequence[str], who: safe_files.Account | None) -> dict[str, b
     The job's user is asked first: root of a node is nobody on a network file system, and sees nothing of a private folder there.
     """
     found = {}
+    asked = [looks.Looks(user) for user in ([who, None] if who else [None])]
     for path in paths:
-        seen = [looked(asked, lambda path=path: exists(path), None) for asked in ([who, None] if who else [None])]
+        seen = [look.at(path, lambda path=path: exists(path), None) for look in asked]
         if any(answer is not None for answer in seen):
             found[path] = True in seen
     return found
@@ -342,9 +324,9 @@ def main() -> None:
         module.fail_json(msg=f"the command ip (package iproute2) is needed to read the addresses: {stderr.strip()}")
     python = module.params["python"]
     params = module.params
-    who = safe_files.account(params["user"])
-    reader = who if who is None or who.uid else None
+    reader = looks.reader(params["user"])
     environments = [*module.params["environments"], *node_facts.environments(module.params["environments_root"])]
+    roots = looks.Looks(None)  # an environment may lie on a file system that is gone
     name = socket.gethostname()
     node = {
         "error": "",
@@ -365,21 +347,18 @@ def main() -> None:
         "ephemeral_ports": node_facts.ephemeral_ports(),
         "listening": node_facts.listening(),
         "firewalls": node_facts.firewalls(),
-        "disk": answers(node_facts.free_bytes, params["disk_paths"]),
-        "file_systems": answers(node_facts.file_system, params["disk_paths"]),
+        "disk": looks.answers(node_facts.free_bytes, params["disk_paths"]),
+        "file_systems": looks.answers(node_facts.file_system, params["disk_paths"]),
         "paths": there(params["paths"], reader),
         "access": [folder_access.look(user=params["user"], **entry) for entry in params["folders"]],
-        "torch": {path: looked(None, lambda path=path: node_facts.torch_version(path), "") for path in environments},
-        "torch_builds": {path: looked(None, lambda path=path: node_facts.torch_build(path), {"cuda": "", "nccl": ""}) for path in environments},
+        "torch": {path: roots.at(path, lambda path=path: node_facts.torch_version(path), "") for path in environments},
+        "torch_builds": {path: roots.at(path, lambda path=path: node_facts.torch_build(path), {"cuda": "", "nccl": ""}) for path in environments},
         "packages": apt_state.chosen(apt_state.parse_status(node_facts.read_text(apt_state.STATUS)), module.params["packages"]),
         "own_pins": apt_state.own_pins(),
         "jobs": node_facts.jobs(),
         "secret_ids": node_facts.secret_ids(),
-        "checkpoint": looked(reader, lambda: node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0),
-        **looked(reader, lambda: node_facts.job_state(params["job_root"]), UNKNOWN_STATE),
-        "past": looked(reader, lambda: job_past.look(params["job"], params["checkpoint_dir"], params["checkpoint_glob"]), {}, 30.0)
-        if params["job"]
-        else {},
+        "state_odd": state_odd(params["job_root"], reader) if params["job_root"] else "",
+        "past": job_past.look(params["job"], params["checkpoint_dir"], params["checkpoint_glob"], reader) if params["job"] else {},
         "glibc": platform.libc_ver()[1],
         "time": now,
         "cpus": len(os.sched_getaffinity(0)),

@@ -20,6 +20,10 @@ options:
     description: Folder of the job on the node.
     type: path
     required: true
+  user:
+    description: The job's user, with whose rights its folders are looked at.
+    type: str
+    default: torchrun
   checkpoint_dir:
     description: Folder of the checkpoints.
     type: path
@@ -79,6 +83,13 @@ info:
     state_odd:
       description: Why there is no state although there is a file, as a sentence; else empty.
       type: str
+    unread:
+      description: What could not be looked at, such as a file system that does not answer, as sentences.
+      type: list
+      elements: str
+    place:
+      description: C(host) and torchrun's options in the unit that lie beneath its place in the cluster; empty without a unit.
+      type: dict
     checkpoint:
       description: C(path), C(name), C(time) in seconds since 1970 and C(bytes) of the newest checkpoint.
       type: dict
@@ -99,7 +110,9 @@ info:
       description: Id of the current release.
       type: str
     releases:
-      description: The starts of the job, oldest first, with C(release), C(time), C(back), C(kept) and C(checkpoints) (folder and pattern).
+      description:
+        - The starts of the job, oldest first, with C(release), C(time), C(back), C(kept), C(checkpoints) (folder and pattern) and
+          C(place), as above.
       type: list
       elements: dict
 """
@@ -107,7 +120,17 @@ info:
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import clean_module, hostile_input, job_evidence, job_folders, journal, node_facts, supervisor_state
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    checkpoint_files,
+    clean_module,
+    hostile_input,
+    job_evidence,
+    job_folders,
+    journal,
+    looks,
+    node_facts,
+    supervisor_state,
+)
 
 PROPERTIES = ("LoadState", "ActiveState", "Result", "StateChangeTimestampMonotonic")
 # Step lines are looked for in so many of the journal's last lines.
@@ -116,6 +139,9 @@ SMI = ["--query-compute-apps=gpu_uuid,pid,process_name,used_memory", "--format=c
 DAYS_OF_KERNEL = 7
 # A firewall that logs packets may fill a disk.
 KERNEL_LINES = "--lines=100000"
+# For looks that go through many files; they end by themselves in less.
+CHECKPOINTS_SECONDS = 20.0
+ERRORS_SECONDS = 40.0
 
 
 def gpu_processes(module: AnsibleModule) -> list[dict[str, object]]:
@@ -127,17 +153,45 @@ def gpu_processes(module: AnsibleModule) -> list[dict[str, object]]:
     return job_evidence.gpu_processes(stdout, node_facts.unit_of) if code == 0 else []
 
 
-def evidence(module: AnsibleModule) -> dict[str, object]:
+def evidence(module: AnsibleModule, look: looks.Looks) -> dict[str, object]:
     """Return what the node itself tells about the end of a job."""
     params = module.params
     since = f"--since=-{DAYS_OF_KERNEL}d"
     _code, kernel, _stderr = module.run_command(["journalctl", "--dmesg", "--output=short-unix", "--quiet", "--no-pager", since, KERNEL_LINES])
     places = [params["checkpoint_dir"], params["log_dir"], params["root"], "/dev/shm", "/tmp"]
+    log_dir = params["log_dir"]
     return {
         "kernel": job_evidence.kernel_events(kernel),
-        "errors": job_evidence.error_files(params["log_dir"]) if params["log_dir"] else [],
-        "room": job_evidence.room(path for path in places if path),
+        "errors": look.at(log_dir, lambda: job_evidence.error_files(log_dir), [], ERRORS_SECONDS) if log_dir else [],
+        "room": [found for path in places if path for found in look.at(path, lambda path=path: job_evidence.room([path]), [])],
     }
+
+
+def jobs_own(params: dict[str, object], look: looks.Looks) -> dict[str, object]:
+    """Return what lies in the job's folders: its state, newest checkpoint and releases."""
+    root, folder, pattern = (str(params[name]) for name in ("root", "checkpoint_dir", "checkpoint_glob"))
+    states = looks.Looks(look.who, look.dead)
+    state, odd = states.at(root, lambda: supervisor_state.read(root), ({}, ""))
+    roots = looks.Looks(None, look.dead)
+    releases = roots.at(
+        root, lambda: {"release": job_folders.current(root), "releases": job_folders.history(root), "unsafe": job_folders.unsafe(root)}, {}
+    )
+    found = {
+        "state": state,
+        "state_odd": odd or "; ".join(states.failed),
+        "checkpoint": look.at(folder, lambda: checkpoint_files.newest(folder, pattern), {}, CHECKPOINTS_SECONDS),
+        "release": releases.get("release", ""),
+        "releases": releases.get("releases", []),
+    }
+    unsafe = releases.get("unsafe", "")
+    # Of a root that does not answer, the state's look has told.
+    look.failed += [*roots.failed, *([unsafe] if unsafe else [])]
+    return found
+
+
+def unit_text(unit: str) -> str:
+    """Return the text of a unit in root's folder; empty where there is none."""
+    return node_facts.read_text(f"/etc/systemd/system/{unit}")
 
 
 def main() -> None:
@@ -145,6 +199,7 @@ def main() -> None:
         argument_spec={
             "job": {"type": "str", "required": True},
             "root": {"type": "path", "required": True},
+            "user": {"type": "str", "default": "torchrun"},
             "checkpoint_dir": {"type": "path", "default": ""},
             "checkpoint_glob": {"type": "str", "default": "*"},
             "step_pattern": {"type": "str", "default": ""},
@@ -158,13 +213,14 @@ def main() -> None:
     _code, stdout, _stderr = module.run_command(["systemctl", "show", *(f"--property={name}" for name in PROPERTIES), unit])
     show = dict(line.split("=", 1) for line in stdout.splitlines() if "=" in line)
     there = show.get("LoadState") == "loaded"
-    state, odd = supervisor_state.read(params["root"])
     since = int(show.get("StateChangeTimestampMonotonic") or 0) / 1e6
     step, step_time = "", None
     if params["step_pattern"] and there:
         command = ["journalctl", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
         _code, stdout, _stderr = module.run_command(command)
         step, step_time = job_evidence.last_step(journal.entries("", stdout)[0], params["step_pattern"])
+    look = looks.Looks(looks.reader(params["user"]))
+    found = {**jobs_own(params, look), "evidence": evidence(module, look) if params["evidence"] else {}}
     module.exit_json(
         changed=False,
         info=hostile_input.tidy(
@@ -172,15 +228,12 @@ def main() -> None:
                 "unit": show.get("ActiveState", "") if there else "absent",
                 "result": show.get("Result", ""),
                 "since": time.time() - time.monotonic() + since if since else None,
-                "state": state,
-                "state_odd": odd,
-                "checkpoint": node_facts.newest(params["checkpoint_dir"], params["checkpoint_glob"]),
+                **found,
+                "unread": look.failed,
+                "place": job_folders.place(unit_text(unit)),
                 "step": step,
                 "step_time": step_time,
                 "gpus": gpu_processes(module),
-                "evidence": evidence(module) if params["evidence"] else {},
-                "release": job_folders.current(params["root"]),
-                "releases": job_folders.history(params["root"]),
             }
         ),
     )

@@ -164,6 +164,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     job_past,
     job_user,
     launch,
+    looks,
     needrestart,
     node_lock,
     run_lease,
@@ -357,6 +358,9 @@ class Node:
         ready = self.wanted(self.unit_path)
         running = self.active() if os.path.exists(self.unit_path) else False
         if ready and running:
+            # Nothing begins anew, and yet what a person has accepted as lost is not asked about again.
+            if params["accept_lost"] and not self.module.check_mode:
+                job_past.remember_start(params["job"], unit, params["hosts"], True, ran=True)
             return
         if running:
             self.module.fail_json(
@@ -468,12 +472,14 @@ class Node:
         """Return what the module tells."""
         params = self.params
         there = os.path.exists(self.unit_path)
+        reader = looks.reader(params["user"])
         result: dict[str, object] = {
             "changed": bool(self.changes),
             "changes": self.changes,
             "active": self.active() if there else False,
-            "current": job_folders.current(params["root"]),
-            "finished": bool(params["release"]) and job_folders.finished(params["root"], params["release"]),
+            # Whatever was asked for is done by now: a file system that hangs must not take that back.
+            "current": looks.Looks(None).at(params["root"], lambda: job_folders.current(params["root"]), ""),
+            "finished": bool(params["release"]) and looks.Looks(reader).at(params["root"], lambda: job_folders.finished(params["root"], params["release"]), False),
         }
         if params["release"]:
             result["source_hash"] = self.source_hash()

@@ -59,8 +59,6 @@ def node(number: int = 1, gpus: int = 0, **changes: t.Any) -> dict[str, t.Any]:
         "control_node": False,
         "jobs": [],
         "secret_ids": {},
-        "checkpoint": {},
-        "checkpoint_hosts": [],
         "past": {},
         "glibc": "2.36",
         "clock_offset_seconds": 0.0,

@@ -33,8 +33,8 @@ class Machine:
 class Cluster:
     """A job on machines, as its script would fare, without any check."""
 
-    def __init__(self, kind: str, skews: list[int]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, skews: list[int], kept: int = KEPT) -> None:
+        self.kind, self.kept = kind, kept
         self.machines = {f"n{number}": Machine(skew) for number, skew in enumerate(skews)}
         self.shared: list[Checkpoint] = []
         self.now, self.group, self.step = 10_000.0, [], 0
@@ -51,7 +51,7 @@ class Cluster:
                     name,
                     rank,
                     was=name if machine.hosts is not None else "",
-                    now=sorted(self.files(name), key=lambda entry: -entry.time)[:4],
+                    now=self.told(name),
                     hosts=copy.copy(machine.hosts),
                     started=machine.started,
                     accepted=machine.accepted,
@@ -61,6 +61,11 @@ class Cluster:
                 )
             )
         return found
+
+    def told(self, name: str) -> list[Checkpoint]:
+        """What node_info tells: the newest, and the newest one from before the start."""
+        found = sorted(self.files(name), key=lambda entry: -entry.time)
+        return found[:4] + [entry for entry in found[4:] if entry.time < self.machines[name].started][:1]
 
     def begin(self, group: list[str]) -> int:
         """Return the step from which the script would go on."""
@@ -93,33 +98,42 @@ class Cluster:
         self.group = list(group)
         self.tell()
 
-    def tell(self) -> None:
-        """The supervisors exchange what they see; rank 0's remembers what it was told before."""
+    def tell(self, speakers: list[str] | None = None) -> None:
+        """The supervisors exchange what they see, all or some of them; rank 0's remembers what it was told before."""
         first = self.machines[self.group[0]]
         known, seen = dict(first.known), set(first.seen)
         for rank, name in enumerate(self.group):
             files = self.files(name)
-            if files:
+            if files and (speakers is None or name in speakers):
                 seen.add(name)
                 known[rank] = (name, max(files, key=lambda entry: entry.time))
         for name in self.group:
             machine = self.machines[name]
             machine.known, machine.seen, machine.state = dict(known), set(seen), "read"
 
-    def run(self, checkpoints: int) -> None:
-        for _checkpoint in range(checkpoints):
+    def run(self, checkpoints: int, last: set[str] | None = None) -> None:
+        """Train for some rounds. Of the last one, only these hosts come to write their part, and then nobody runs any more."""
+        for checkpoint in range(checkpoints):
             self.now += 600
             self.step += 10
             for rank, name in enumerate(self.group):
                 if rank and self.kind in ("rank 0", "shared"):
+                    continue
+                if last is not None and checkpoint == checkpoints - 1 and name not in last:
                     continue
                 # Its digest tells of how many ranks it is one.
                 part = f"-{rank}" if self.kind == "shards" else ""
                 made = Checkpoint(f"step-{self.step}{part}.pt", self.now + self.machines[name].skew, f"{self.step}{part}/{len(self.group)}")
                 files = self.files(name)
                 files[:] = [*(entry for entry in files if entry.name != made.name), made]
-                del files[:-KEPT]
-        self.tell()
+                del files[: -self.kept]
+            if last is None or checkpoint < checkpoints - 1:
+                self.tell()
+        if last is not None:
+            # The parts of the others are missing: from what was before, or from this one where each part is enough for itself.
+            self.step = self.begin(self.group)
+            for name in last & set(self.group):
+                self.tell([name])
 
     def reinstall(self, name: str) -> None:
         self.machines[name] = Machine(self.machines[name].skew)
@@ -151,6 +165,7 @@ GROUP = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True)
 EVENT = st.one_of(
     st.tuples(st.just("move"), GROUP),
     st.tuples(st.just("run"), st.integers(1, 4)),
+    st.tuples(st.just("torn"), st.tuples(st.integers(1, 3), st.sets(st.sampled_from(NAMES), min_size=1, max_size=3))),
     st.tuples(st.just("reinstall"), st.sampled_from(NAMES)),
     st.tuples(st.just("copy"), st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES))),
     st.tuples(st.just("restart"), GROUP),
@@ -162,16 +177,19 @@ EVENT = st.one_of(
 @given(
     st.sampled_from(KINDS),
     st.lists(st.integers(-4, 4), min_size=4, max_size=4),
+    st.integers(1, KEPT),
     GROUP,
     st.lists(EVENT, max_size=9),
 )
-def test_what_is_accepted_goes_on_from_the_newest_checkpoint(kind, skews, first, events):
-    cluster = Cluster(kind, skews)
+def test_what_is_accepted_goes_on_from_the_newest_checkpoint(kind, skews, kept, first, events):
+    cluster = Cluster(kind, skews, kept)
     cluster.start(first)
     cluster.run(2)
     for what, value in events:
         if what == "run":
             cluster.run(value)
+        elif what == "torn":
+            cluster.run(*value)
         elif what == "reinstall":
             cluster.reinstall(value)
         elif what == "copy":
@@ -262,10 +280,48 @@ def test_leftovers_of_a_host_that_stays_do_not_replace_what_a_host_that_leaves_h
     def leftovers(cluster):
         cluster.machines["n1"].files.append(Checkpoint("step-15.pt", 5000.0, "15"))
 
-    _cluster, (sentence,) = moved("rank 0", ["n0", "n1", "n2"], ["n1", "n2"], leftovers)
+    # Of a host that is gone only its newest is known, so nobody can tell that n1 writes none: its own rank is asked about too.
+    _cluster, (sentence, _of_n1s_rank) = moved("rank 0", ["n0", "n1", "n2"], ["n1", "n2"], leftovers)
     assert sentence.startswith("n1: it would take rank 0 from n0 and had rank 1, but the newest checkpoint step-30.pt of rank 0")
     assert "has only the older step-15.pt; copy n0:/ckpt/step-30.pt to n1:/ckpt" in sentence
     assert "it may begin from step-15.pt" in sentence
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("kind", ["full", "shards"])
+def test_a_host_that_is_lost_in_the_middle_of_a_round_still_had_checkpoints(kind, kept):
+    cluster = Cluster(kind, [0, 0, 0, 0], kept)
+    cluster.start(["n0", "n1"])
+    cluster.run(3)
+    cluster.start(["n0", "n1"])
+    cluster.run(1, {"n0"})
+    (sentence,) = cluster.lost(["n0", "n2"])
+    assert sentence.startswith("n2: it would take rank 1 from n1, but the newest checkpoint step-30")
+    assert cluster.lost(["n0", "n1"]) == [] and cluster.begin(["n0", "n1"]) == (30 if kept > 1 or kind == "full" else 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 8], ids=["a file a round", "eight files a round"])
+def test_leftovers_are_known_by_what_the_job_resumed_from(ranks):
+    """n1 had rank 0 long ago. The newest ones alone need not reach back to the start; the newest one from before it is told too."""
+    rounds = [Checkpoint(f"step-{step}-{part}.pt", moment, f"{step}/{part}") for step, moment in ((110, 10300.0), (100, 9400.0)) for part in range(ranks)]
+    told = rounds[:4] + [entry for entry in rounds[4:] if entry.time < 10_000][:1]
+    known = [("n0", 0, rounds[0])]
+    seats = [Seat("n0", 0, was="n0", now=told, hosts=["n0", "n1"], started=10_000.0, state="read", seen=["n0", "n1"], known=known)]
+    for leftover, refused in ((Checkpoint("step-50-0.pt", 5000.0, "50/0"), False), (Checkpoint("step-100-8.pt", 9400.0, "100/8"), True)):
+        seats[0].known = [*known, ("n1", 1, leftover)]
+        assert bool(continuity.lost([seats[0], Seat("n2", 1)], FOLDER)) == refused, leftover
+
+
+def test_a_node_whose_checkpoints_cannot_be_looked_at_is_not_one_that_has_none():
+    cluster, problems = moved("full", ["n0", "n1"], ["n0", "n1"])
+    assert problems == []
+    seats = cluster.seats(["n0", "n1"])
+    seats[1].now, seats[1].unread = [], "/ckpt does not answer within 30 s"
+    (sentence,) = [problem.sentence() for problem in continuity.lost(seats, FOLDER)]
+    assert sentence.startswith("n1: its checkpoints cannot be looked at (/ckpt does not answer within 30 s); see that its file system answers")
+    assert "-e torchrun_accept_lost_progress=true" in sentence
+    never = [Seat("n0", 0, unread="/ckpt does not answer within 30 s")]
+    assert continuity.lost(never, FOLDER) == [], "a job that was never started has lost nothing"
 
 
 def test_shards_of_one_name_must_not_move():

@@ -6,19 +6,25 @@ import base64
 import copy
 import json
 import os
+import pathlib
 import shlex
+import shutil
 import subprocess
+import tempfile
 import time
 
+import builders
 import pytest
 from ansible_collections.onprem.torch.plugins.module_utils import (
+    checkpoint_files,
+    continuity,
     hostile_input,
     job_causes,
     job_evidence,
     job_folders,
+    job_past,
     job_state,
     journal,
-    node_facts,
     problems,
     progress,
     supervisor_state,
@@ -164,6 +170,39 @@ def test_any_json_in_place_of_the_state_leaves_every_view_harmless(value):
     expect_harmless([*progress.obstacles({"n1": base64_of(text)}), "at least one"])
 
 
+NULLS = [{"checkpoint": {"path": "/c/x", "time": None}}, {"checkpoint": {"path": "/c/x"}}, {"rank": None}, {"checkpoints": {"0": {"path": "/c/x"}}}]
+
+
+def started_by(state):
+    """What the plan makes of two nodes of which one has this state: sentences, or nothing to say."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    try:
+        (folder / "state").mkdir()
+        (folder / "state/state.json").write_text(json.dumps(state))
+        found = job_past.supervisors(str(folder / "state"), "/c")
+    finally:
+        shutil.rmtree(folder)
+    record = {"host": "n1", "hosts": ["n1", "n2"], "time": 1000.0, "accepted": 0, "ran": True}
+    hosts = [builders.host("n1", 1), builders.host("n2", 2)]
+    hosts[0].node["past"] = json.loads(json.dumps({**found, "record": record, "unit": {}, "now": [], "before": []}))
+    seats = [continuity.seat(host, rank, "torchrun-train.service") for rank, host in enumerate(hosts)]
+    return found, [problem.sentence() for problem in continuity.lost(seats, "/c")]
+
+
+@given(spoilt())
+@settings(max_examples=300)
+def test_whatever_the_job_says_of_its_past_the_plan_is_made(value):
+    _found, sentences = started_by(value)
+    expect_harmless(["", *sentences])
+
+
+@pytest.mark.parametrize("part", NULLS, ids=str)
+def test_a_checkpoint_of_which_only_the_path_is_told_was_there(part):
+    found, sentences = started_by({**STATE, "checkpoint": None, **part})
+    assert found["state"] == "read" and all(isinstance(entry["time"], float) for entry in found["known"])
+    assert "n1" in found["seen"] and sentences
+
+
 @pytest.mark.parametrize(
     "text",
     ["[1]", "[" * 100_000, '{"generation": "abc"}', '{"state": "running", "generation": ' + "9" * 5000 + "}", "", "\0", '{"first_cause": "abc", "state": "x"}'],
@@ -248,7 +287,6 @@ def test_a_shell_does_not_wait_for_a_state(make, root, monkeypatch):
     state, odd = journal.parse_state(run(journal.state_command(str(root))))
     assert state == {} and (odd or make.__name__ == "hard_link")
     assert supervisor_state.read(str(root))[1]
-    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": [], "state_odd": supervisor_state.read(str(root))[1]}
 
 
 def test_a_shell_reads_a_state_and_tells_what_is_not_there(root):
@@ -256,18 +294,17 @@ def test_a_shell_reads_a_state_and_tells_what_is_not_there(root):
     assert journal.parse_state(run(command)) == ({}, "") == supervisor_state.read(str(root))
     (root / "state/state.json").write_text(json.dumps(STATE))
     assert journal.parse_state(run(command)) == supervisor_state.read(str(root))
-    assert node_facts.job_state(str(root)) == {"checkpoint_hosts": ["n1"], "state_odd": ""}
 
 
 @pytest.mark.parametrize("name", ["a.pt", "two words.pt", "\x1b[2J.pt", "new\nline.pt", "--onprem-torch--.pt", "-rf.pt", "$(touch owned).pt"])
 def test_names_of_checkpoints_are_only_names(name, root, monkeypatch):
     monkeypatch.chdir(root)
     (root / name).write_text("x")
-    text = journal.command("no-such.service", str(root), "", checkpoints=journal.pattern(str(root), "*.pt"))
+    text = journal.command("no-such.service", str(root), "", checkpoints=(str(root), "*.pt"))
     look = journal.parse("n1", run(text))
     expect_harmless([look.checkpoint or "none"])
     assert look.checkpoint == hostile_input.printable(f"{root}/{name}".split("\n", maxsplit=1)[0])
-    assert node_facts.newest(str(root), "*.pt")["name"] == hostile_input.printable(name)
+    assert checkpoint_files.newest(str(root), "*.pt")["name"] == hostile_input.printable(name)
     assert not (root / "owned").exists()
 
 
@@ -278,12 +315,12 @@ def test_the_shell_finds_what_the_node_finds(glob, root):
         (root / name).write_text("")
         os.utime(root / name, (1000 + number, 1000 + number))
     os.utime(root / "step_1", (2000, 2000))
-    expected = node_facts.newest(str(root), glob)["path"]
-    assert run(journal.newest_command(journal.pattern(str(root), glob))).strip() in (expected, "")
+    expected = checkpoint_files.newest(str(root), glob)["path"]
+    assert run(journal.newest_command(str(root), glob)).strip() in (expected, "")
 
 
 def test_a_pattern_is_no_command(root):
-    run(f"cd {shlex.quote(str(root))}; {journal.newest_command(journal.pattern(str(root), '*; touch owned; $(touch owned) `touch owned` & touch owned #'))}")
+    run(f"cd {shlex.quote(str(root))}; {journal.newest_command(str(root), '*; touch owned; $(touch owned) `touch owned` & touch owned #')}")
     assert not list(root.glob("**/owned"))
 
 
@@ -297,8 +334,23 @@ def test_folders_that_link_to_each_other_end(root):
             (root / name / f"to-{other}").symlink_to(root / other)
     (root / "a" / "x.pt").write_text("")
     began = time.monotonic()
-    assert node_facts.newest(str(root), "**/*.pt")["path"] == str(root / "a/x.pt")
+    assert checkpoint_files.newest(str(root), "**/*.pt")["path"] == str(root / "a/x.pt")
+    assert [entry["name"] for entry in job_past.newest(str(root), "**/*.pt")] == ["a/x.pt"]
     assert time.monotonic() - began < 20
+
+
+def test_folders_without_end_hide_no_checkpoint(root):
+    (root / "x.pt").write_text("")
+    here = os.getcwd()
+    try:
+        os.chdir(root)
+        for _level in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(here)
+    assert [entry["name"] for entry in job_past.newest(str(root), "**/*.pt")] == ["x.pt"]
+    subprocess.run(["rm", "-rf", str(root / "d")], check=True)
 
 
 @pytest.mark.parametrize("pattern", ["**", "**/*", "*", "a/**/x", "**/**/x", "./a/x", "a//x", "[ab]/x", ".*", "**/.h", "a/*/*"])
@@ -313,6 +365,46 @@ def test_find_agrees_with_glob(pattern, root):
     assert set(found) == expected - {str(root)}
 
 
+def test_what_is_no_whole_answer_is_said(root):
+    for number in range(300):
+        (root / f"{number}").write_text("")
+    assert len(hostile_input.find(str(root), "*", whole=True)) == 301
+    assert hostile_input.find(str(root / "none"), "*", whole=True) == []
+    for limits, text in (({"most": 100}, "holds more than 100 names"), ({"seconds": -1}, "takes longer than")):
+        with pytest.raises(hostile_input.Odd, match=text):
+            hostile_input.find(str(root), "*", whole=True, **limits)
+    with pytest.raises(hostile_input.Odd, match="not a directory"):
+        hostile_input.find(str(root / "1"), "*", whole=True)
+
+
+NAMES = ["a.pt", "b/a.pt", "b/c/a.pt", ".a.pt", "b/.a.pt", "a.pt.tmp", "link/x.pt", "set-aside-1/a.pt", "set-aside-1/b/a.pt"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.sampled_from(NAMES), min_size=1), st.sampled_from(["*", "*.pt", "**/*.pt", "*/*.pt", "*/*/*.pt", ".*", "link/*", "set-aside-*/*"]))
+def test_all_who_look_for_checkpoints_find_the_same(names, pattern):
+    with tempfile.TemporaryDirectory() as place:
+        folder, outside = pathlib.Path(place, "ckpt"), pathlib.Path(place, "outside")
+        outside.mkdir()
+        folder.mkdir()
+        (folder / "link").symlink_to(outside)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("x")
+        for number, path in enumerate(sorted(folder.rglob("*"))):
+            os.utime(path, (1000 + number, 1000 + number), follow_symlinks=False)
+        moved = job_folders.checkpoints(str(folder), pattern)
+        told = [entry["name"] for entry in job_past.newest(str(folder), pattern)]
+        shown = checkpoint_files.newest(str(folder), pattern)
+        assert set(told) <= set(moved) and told[:1] == ([os.path.relpath(shown["path"], folder)] if shown else [])
+        assert set(told) == {name for name in moved if not name.endswith(".tmp")} or len(told) == job_past.RECENT
+        assert not [name for name in moved if name.startswith("set-aside-") or name.startswith("link/")]
+        seen_by_shell = run(journal.newest_command(str(folder), pattern)).strip()
+        # The shell follows links to folders, and knows no "**".
+        if "link/x.pt" not in names and not pattern.startswith((".", "**")):
+            assert seen_by_shell == (shown.get("path") or "")
+
+
 def test_find_ends(root):
     for number in range(300):
         (root / f"{number}").write_text("")
@@ -324,7 +416,7 @@ def test_find_ends(root):
 def test_a_time_that_no_calendar_has_is_none(root):
     (root / "a.pt").write_text("")
     os.utime(root / "a.pt", (-1000, -1000))
-    assert node_facts.newest(str(root), "*.pt")["time"] == 0
+    assert checkpoint_files.newest(str(root), "*.pt")["time"] == 0
 
 
 def test_reports_of_errors_are_the_jobs_own_and_few(root):

@@ -562,6 +562,25 @@ def test_an_odd_mark_is_no_end(roots_place):
 # --- releases ---
 
 
+@pytest.mark.parametrize("how", ["a link of the user's", "releases of the user's", "releases that are a file", "nothing"])
+def test_folders_that_a_user_has_replaced_are_said_and_end_no_look(place, how):
+    root = owned(place / "home") / "job"
+    releases = root / "releases"
+    if how == "a link of the user's":
+        releases = owned(place / "home" / "elsewhere") / "releases"
+        releases.mkdir()
+        root.symlink_to(place / "home" / "elsewhere")
+        os.lchown(root, ALICE.uid, ALICE.gid)
+    elif how != "nothing":
+        root.mkdir()
+        releases.mkdir() if how == "releases of the user's" else releases.write_text("")
+        os.chown(releases, ALICE.uid, ALICE.gid)
+    assert job_folders.current(str(root)) == "" and job_folders.history(str(root)) == []
+    assert job_folders.staged(str(root), "abc", ALICE) == {}
+    assert job_folders.kept_place(str(root), "abc") == {"kept": False, "checkpoints": [], "place": {}}
+    assert bool(job_folders.unsafe(str(root))) == (how != "nothing")
+
+
 def test_a_release_is_for_root_and_the_jobs_user_alone(roots_place, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / ".env").write_text("TOKEN=planted")
