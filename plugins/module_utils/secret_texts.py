@@ -105,8 +105,10 @@ def _word(word: str, sure: bool) -> tuple[str, int]:
             word = word[: quoted.end()] + plain
     last, cut = word.rfind("@"), None if sure else CUT.search(word)
     done, at, length = [], 0, 0
-    while (found := word.find("://", at)) >= 0:
-        begin = found + len("://")
+    for found in re.finditer("://", word):
+        begin = found.end()
+        if found.start() < at:
+            continue
         done.append(word[at:begin])
         length += begin - at
         hidden = HIDDEN_USER.match(word, begin)
