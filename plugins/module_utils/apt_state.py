@@ -11,6 +11,7 @@ import os
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
 from ansible_collections.onprem.torch.plugins.module_utils.node_facts import read_text
 
 # dpkg(1): every other state of a package is one that an interruption leaves behind.
@@ -231,7 +232,7 @@ def complaint(text: str) -> str:
         )
     ]
     chosen = (details or told or lines or ["no reason was given"])[:2]
-    return " ".join(re.sub(r"^(E|W|Err):\d*\s*", "", line) for line in chosen)[:400].rstrip(".")
+    return secret_texts.redacted(" ".join(re.sub(r"^(E|W|Err):\d*\s*", "", line) for line in chosen))[:400].rstrip(".")
 
 
 def broken_scripts(text: str) -> str:

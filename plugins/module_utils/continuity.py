@@ -433,15 +433,15 @@ class Check:
     def problem(self, heir: Seat, had: Had) -> Problem:
         """Return the problem of a host that does not have what its rank needs."""
         need = had.newest
-        named = f"newest checkpoint {need.told()}" if need and need.name else "checkpoints"
+        named, was, lie = (f"newest checkpoint {need.told()}", "was", "lies") if need and need.name else ("checkpoints", "were", "lie")
         if heir is not had.seat:
             folder = (had.seat.folder if had.seat else "") or heir.folder or self.folder
             if had.host == heir.name or (had.seat is None and had.host in {seat.name for seat in self.seats}):
-                was = f"it would have rank {had.rank}, whose {named} was on the node that was {had.host} before"
+                text = f"it would have rank {had.rank}, whose {named} {was} on the node that was {had.host} before"
             else:
                 mine = f" and had rank {self.rank_of(heir)}" if self.rank_of(heir) is not None else ""
-                was = f"it would take rank {had.rank} from {had.host}{mine}, but the {named} of rank {had.rank} in {folder} lies on {had.host}"
-            return Problem(heir.name, RANK, f"{was}, and it {self.holds(heir)}", self.cure(heir, had))
+                text = f"it would take rank {had.rank} from {had.host}{mine}, but the {named} of rank {had.rank} in {folder} {lie} on {had.host}"
+            return Problem(heir.name, RANK, f"{text}, and it {self.holds(heir)}", self.cure(heir, had))
         if heir.folder and heir.before:
             place = "torchrun_checkpoint_glob" if heir.folder == self.folder else FOLDER
             text = f"rank {had.rank} has its {named} in {heir.folder} ({heir.pattern}), but with the present {place} it {self.holds(heir)}"

@@ -1,7 +1,7 @@
 # Copyright: Contributors to the onprem.torch project
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""A folder of root's that one user may enter and nobody else.
+"""A folder of root's that one user may enter, or a file that it may read, and nobody else.
 
 The user's primary group is no help: at many sites all people share one. An access control list names the user itself.
 """
@@ -16,15 +16,16 @@ import struct
 ATTRIBUTE = "system.posix_acl_access"
 VERSION = 2
 USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
-READ_ENTER, ALL = 0o5, 0o7
+READ, READ_ENTER, ALL = 0o4, 0o5, 0o7
 NO_ID = 0xFFFFFFFF
 # File systems without access control lists.
 LACKING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 
-def entries(uid: int) -> bytes:
+def entries(uid: int, may: int = READ_ENTER) -> bytes:
     """Return the list: root may do all, the user may look, and nobody else is let in."""
-    wanted = ((USER_OBJ, ALL, NO_ID), (USER, READ_ENTER, uid), (GROUP_OBJ, 0, NO_ID), (MASK, READ_ENTER, NO_ID), (OTHER, 0, NO_ID))
+    roots = ALL if may == READ_ENTER else ALL & ~1  # a file is no program
+    wanted = ((USER_OBJ, roots, NO_ID), (USER, may, uid), (GROUP_OBJ, 0, NO_ID), (MASK, may, NO_ID), (OTHER, 0, NO_ID))
     return struct.pack("<I", VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in wanted)
 
 
@@ -57,3 +58,17 @@ def let_in(folder: str, uid: int, gid: int) -> None:
             raise
         os.chown(folder, 0, gid)
         os.chmod(folder, 0o750)
+
+
+def let_read(path: str, uid: int) -> None:
+    """Let one user read a file of root's that nobody else can read, in a folder in which only root can put anything.
+
+    Where the file system has no access control lists, the file becomes the user's own.
+    """
+    try:
+        os.setxattr(path, ATTRIBUTE, entries(uid, READ))
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        os.chown(path, uid, 0)
+        os.chmod(path, 0o400)

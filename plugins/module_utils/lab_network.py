@@ -22,6 +22,7 @@ LONGEST_ALIAS = 255
 # Names that the kernel, nftables and shells all take.
 BRIDGE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,14}")
 OUTSIDER = "vo-"
+PLUG = "vb-"  # what nspawn calls a node's end of the bridge
 Network = t.Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
@@ -95,12 +96,12 @@ def owner_of(text: str, bridge: str) -> str:
 
 
 def alias(nodes: str) -> str:
-    """Return the alias of the bridge of a lab.
+    """Return the alias of the bridge of a lab; one without a folder has the name alone.
 
     Raises:
         ValueError: the folder's path is too long for one.
     """
-    text = f"{ALIAS}{nodes}"
+    text = f"{ALIAS}{nodes}" if nodes else ALIAS.strip()
     if len(text.encode(errors="surrogateescape")) > LONGEST_ALIAS or not text.isprintable():
         raise ValueError(f"the path {nodes} is too long, or holds characters that cannot be shown; set lab_state_dir to a short path")
     return text
@@ -109,6 +110,40 @@ def alias(nodes: str) -> str:
 def table(bridge: str) -> str:
     """Return the name of a bridge's nftables table."""
     return f"onprem_lab_{bridge}"
+
+
+def unsigned(link: Link, found: t.Iterable[Link], rules: str) -> bool:
+    """Return whether a bridge that does not say whose it is can only be a lab's.
+
+    A run that was killed leaves one that nobody uses. Earlier releases did not sign their bridges; their table tells of them,
+    but they took any bridge that had the name. One to which somebody has given another address or another port is not ours.
+
+    Args:
+        link: the bridge.
+        found: interfaces of this machine.
+        rules: the table of the bridge as nft lists it, empty where there is none.
+    """
+    foreign_port = any(port.master == link.name and not port.name.startswith((PLUG, OUTSIDER)) for port in found)
+    if link.kind != "bridge" or link.alias or foreign_port:
+        return False
+    if link.bare:
+        return not any(port.master == link.name for port in found)
+    network = re.search(r"ip saddr (\S+) oifname", rules)
+    theirs = [address for address in link.addresses if ":" not in address]
+    return bool(rules) and all(network and overlapping([network[1]], [address]) for address in theirs)
+
+
+def belongs(link: Link, nodes: str, found: t.Iterable[Link], rules: str) -> bool:
+    """Return whether a bridge is that of a lab: it says so, or says nothing and can only be a lab's; see unsigned.
+
+    Args:
+        link: the bridge.
+        nodes: folder of the lab's nodes; empty for a bridge that was made without one.
+        found: interfaces of this machine.
+        rules: the table of the bridge as nft lists it, empty where there is none.
+    """
+    signed = link.owner == nodes if nodes else link.alias == alias("")
+    return link.kind == "bridge" and (signed or unsigned(link, found, rules))
 
 
 def shown(nodes: str) -> str:
@@ -158,7 +193,7 @@ def routed(networks: t.Iterable[str], routes: str, besides: t.Container[str]) ->
     return found
 
 
-def look(lab: Lab, found: t.Sequence[Link], routes: t.Sequence[str], machines: t.Sequence[nspawn.Machine], tables: t.Container[str]) -> Findings:
+def look(lab: Lab, found: t.Sequence[Link], routes: t.Sequence[str], machines: t.Sequence[nspawn.Machine], tables: t.Mapping[str, str]) -> Findings:
     """Return what stands in a lab's way on this machine, and what is left of labs that are gone.
 
     Args:
@@ -166,7 +201,7 @@ def look(lab: Lab, found: t.Sequence[Link], routes: t.Sequence[str], machines: t
         found: interfaces of this machine.
         routes: what ``ip -json route show`` tells, of each version of IP.
         machines: nodes that run.
-        tables: names of the nftables tables; that of a bridge tells that it is a lab's.
+        tables: nftables tables by name; that of a bridge tells that it is a lab's.
     """
     problems: list[str] = []
     end: list[nspawn.Machine] = []
@@ -177,14 +212,15 @@ def look(lab: Lab, found: t.Sequence[Link], routes: t.Sequence[str], machines: t
             continue
         plugged = [machine for machine in machines if machine.bridge == link.name]
         folders = {machine.nodes for machine in plugged} | ({link.owner} if link.owner else set())
-        bare = link.bare and not any(port.master == link.name for port in found)
-        if not (link.kind == "bridge" and (folders or table(link.name) in tables or bare)):
-            problems.append(foreign(lab, link, network))
-            continue
+        made = bool(link.owner) or unsigned(link, found, tables.get(table(link.name), ""))
         others = [machine for machine in plugged if machine.nodes != lab.nodes]
         alive = sorted({machine.nodes for machine in others if machine.kept})
         if alive and not lab.take_over:
             problems += [other_lab(lab, link, network, nodes, others) for nodes in alive]
+            continue
+        # Nodes that are plugged in prove nothing: earlier releases plugged them into bridges that they had found.
+        if link.kind != "bridge" or not made:
+            problems.append(foreign(lab, link, network))
             continue
         end += others
         if link.name != lab.bridge or folders - {lab.nodes}:

@@ -24,6 +24,15 @@ IN_GROUP = re.compile(rf"^0::\S*/{nspawn.GROUPS}/[^/\s]+/([^/\s]+)", re.MULTILIN
 Run = t.Callable[..., str]
 
 
+def quietly(module: t.Any) -> Run:
+    """Return what runs a command that may fail, or that this machine may not have, for a module."""
+
+    def run(*words: str) -> str:
+        return str(module.run_command(list(words))[1]) if module.get_bin_path(words[0]) else ""
+
+    return run
+
+
 def names(root: str) -> list[str]:
     """Return the names that the machine of a node has, or would have."""
     folder = os.path.dirname(nspawn.located(root))

@@ -77,8 +77,8 @@ def lock_problems(variables: t.Mapping[str, t.Any], lock: Lock) -> list[Problem]
     if bare:
         text = f"{variable} names {lock.path}, in which {bare[0]} has no hash"
         problems.append(Problem("", variable, text, "make it with: uv pip compile --generate-hashes"))
-    if secret_texts.redacted(lock.text) != lock.text:
-        text = f"{variable} names {lock.path}, which holds a URL with a user or password"
+    if secret_texts.has_credentials(lock.text):
+        text = f"{variable} names {lock.path}, which holds a URL with a user, a password or a token"
         problems.append(Problem("", variable, text, "remove it there and put it into pytorch_index_url or pytorch_extra_index_urls"))
     found, wanted = locked_version(lock.text), str(variables.get("pytorch_version") or "")
     if not found:

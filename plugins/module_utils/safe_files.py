@@ -610,7 +610,7 @@ def read_text(path: str, limit: int = ANSWER, only_roots: bool = False, links: b
         os.close(handle)
 
 
-def write_new(path: str, text: str, mode: int, gid: int = -1) -> None:
+def write_new(path: str, text: str, mode: int) -> None:
     """Write a file that is not there yet, in a folder of root's; the mode is right from the first moment on.
 
     Raises:
@@ -619,7 +619,6 @@ def write_new(path: str, text: str, mode: int, gid: int = -1) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(handle, "w", encoding="utf-8") as stream:
         stream.write(text)
-        os.fchown(stream.fileno(), -1, gid)
         os.fchmod(stream.fileno(), mode)
 
 

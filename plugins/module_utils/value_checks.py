@@ -106,8 +106,8 @@ def environment(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
 def packages(variables: t.Mapping[str, t.Any]) -> t.Iterator[Finding]:
     """Requirements stand on command lines and in records of the nodes, so that they hold no password."""
     for variable in ("pytorch_packages", "pytorch_constraints"):
-        if any(secret_texts.redacted(str(entry)) != str(entry) for entry in variables.get(variable) or []):
-            text = f"{variable} holds a URL with a user or password, which everybody on a node could read"
+        if any(secret_texts.has_credentials(str(entry)) for entry in variables.get(variable) or []):
+            text = f"{variable} holds a URL with a user, a password or a token, which everybody on a node could read"
             yield variable, text, "put the package on an index, and its user into pytorch_extra_index_urls"
 
 

@@ -12,6 +12,8 @@ import difflib
 import re
 import typing as t
 
+from ansible_collections.onprem.torch.plugins.module_utils import secret_texts
+
 # Roles whose prefix nobody else is likely to use: every unknown name with it is a slip of the pen.
 OWN_PREFIXES = ("torchrun_", "pytorch_", "nccl_verify_", "nvidia_driver_")
 # How alike two names must be after their prefix to call one a misspelling of the other (difflib ratio, 0 to 1): with a
@@ -24,7 +26,8 @@ INTERNAL = frozenset({"cluster_plan", "cluster_group", "cluster_serial"})
 
 def shown(value: t.Any) -> str:
     """Return a value as a person would write it, short enough for a sentence."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    # Hidden before it is cut: half a URL no longer shows where its password ends.
+    text = secret_texts.value_redacted(repr(value) if isinstance(value, str) else str(value))
     return text if len(text) <= 60 else text[:57] + "…"
 
 

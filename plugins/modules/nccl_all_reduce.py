@@ -281,6 +281,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import (
     clean_module,
     environment,
+    folder_acl,
     hostile_input,
     node_facts,
     node_lock,
@@ -369,9 +370,11 @@ class Verification:
         who = safe_files.account(self.launch["user"])
         if who is None:
             self.module.fail_json(msg=f"there is no user {self.launch['user']} any more; provision the nodes again (playbooks/provision.yml)")
-        # The token in it is for the job's user alone.
+        # The token in it is for the job's user alone; its group may be everybody's.
         config = {**self.launch["config"], "token": self.module.params["token"]}
-        safe_files.write_new(os.path.join(self.folder, "config.json"), json.dumps(config), 0o640, who.gid)
+        path = os.path.join(self.folder, "config.json")
+        safe_files.write_new(path, json.dumps(config), 0o600)
+        folder_acl.let_read(path, who.uid)
         words = ["systemd-run", f"--unit={verify_config.UNIT}", "--collect", "--quiet", "--no-block"]
         words.append(f"--description=Verification of {run_lease.described(self.run) if self.run else 'a run without a lease'}")
         words += [f"--property={line}" for line in self.launch["properties"]]

@@ -38,7 +38,7 @@ options:
   state_dir:
     description:
       - Folder of the lab's nodes, as for M(onprem.torch.nspawn_node). The bridge carries it as the alias of its interface.
-      - A bridge that carries another folder is another lab's, and left alone.
+      - A bridge that carries another folder is another lab's, and left alone; so is one that no lab has made.
     type: path
     default: ""
   outsiders:
@@ -78,7 +78,7 @@ import json
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn
+from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn, nspawn_end
 
 FORWARD = "/proc/sys/net/ipv4/ip_forward"
 INSTANCES = "/proc/sys/fs/inotify/max_user_instances"
@@ -95,16 +95,15 @@ class Bridge:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.params = module.params
+        self.quietly = nspawn_end.quietly(module)
         self.name = self.params["name"]
         self.nodes = nspawn.located(self.params["state_dir"]) if self.params["state_dir"] else ""
         self.changes: list[str] = []
 
-    def run(self, *words: str, check: bool = True) -> str:
-        """Run a command and return what it prints: nothing where the program is not there, unless it is needed."""
-        if not check and not self.module.get_bin_path(words[0]):
-            return ""
+    def run(self, *words: str) -> str:
+        """Run a command and return what it prints."""
         returncode, stdout, stderr = self.module.run_command(list(words))
-        if returncode != 0 and check:
+        if returncode != 0:
             self.module.fail_json(msg=f"{' '.join(words)} failed: {stderr.strip()}")
         return stdout
 
@@ -117,16 +116,20 @@ class Bridge:
 
     def links(self) -> list[lab_network.Link]:
         """Return the interfaces of this machine."""
-        return lab_network.links(self.run("ip", "-json", "-details", "address", "show", check=False))
+        return lab_network.links(self.quietly("ip", "-json", "-details", "address", "show"))
 
     def addresses(self, link: str, *namespace: str) -> set[str]:
         """Return the addresses of an interface with prefix lengths."""
-        output = self.run("ip", *namespace, "-json", "address", "show", "dev", link, check=False)
+        output = self.quietly("ip", *namespace, "-json", "address", "show", "dev", link)
         return {address for item in lab_network.links(output) for address in item.addresses}
 
     def bridge(self) -> lab_network.Link | None:
         """Return the bridge, None where there is none."""
         return next((link for link in self.links() if link.name == self.name), None)
+
+    def is_ours(self, bridge: lab_network.Link) -> bool:
+        """Return whether the bridge is this lab's."""
+        return lab_network.belongs(bridge, self.nodes, self.links(), self.quietly("nft", "list", "table", "ip", self.table()))
 
     def table(self) -> str:
         """Return the name of the nftables table."""
@@ -176,7 +179,7 @@ class Bridge:
             self.change(f"bridge {self.name}", ["ip", "link", "add", self.name, "type", "bridge"])
         elif bridge.owner not in ("", self.nodes) or bridge.kind != "bridge":
             self.module.fail_json(msg=f"{self.name} is another lab's ({lab_network.shown(bridge.owner)}), or no bridge; set lab_bridge")
-        elif self.nodes and not (bridge.owner or bridge.bare or self.run("nft", "list", "table", "ip", self.table(), check=False)):
+        elif not self.is_ours(bridge):
             self.module.fail_json(msg=f"{self.name} is a bridge that no lab has made; it is left alone: set lab_bridge to another name")
         self.sign(bridge.alias if bridge else "")
         wanted = {address for address in (params["address"], params["address6"]) if address}
@@ -198,19 +201,17 @@ class Bridge:
 
     def sign(self, there: str) -> None:
         """Let the bridge say whose it is."""
-        if not self.nodes:
-            return
         try:
             wanted = lab_network.alias(self.nodes)
         except ValueError as error:
             self.module.fail_json(msg=str(error))
         if wanted != there:
-            self.change(f"owner {self.nodes}", ["ip", "link", "set", "dev", self.name, "alias", wanted])
+            self.change(f"owner {self.nodes or 'a lab without a folder'}", ["ip", "link", "set", "dev", self.name, "alias", wanted])
 
     def masquerade(self) -> None:
         """Let the nodes reach what this machine reaches."""
         self.sysctl(FORWARD, 1)
-        there = self.run("nft", "--stateless", "list", "table", "ip", self.table(), check=False)
+        there = self.quietly("nft", "--stateless", "list", "table", "ip", self.table())
         if there.split() != self.rules().split():
             self.changes.append(f"table {self.table()}")
             if not self.module.check_mode:
@@ -225,11 +226,11 @@ class Bridge:
 
     def namespaces(self) -> set[str]:
         """Return the names of the network namespaces."""
-        return {item["name"] for item in json.loads(self.run("ip", "-json", "netns", "list", check=False) or "[]")}
+        return {item["name"] for item in json.loads(self.quietly("ip", "-json", "netns", "list") or "[]")}
 
     def inside(self, namespace: str) -> list[lab_network.Link]:
         """Return the interfaces in a network namespace that are in use."""
-        output = self.run("ip", "-netns", namespace, "-json", "-details", "address", "show", check=False)
+        output = self.quietly("ip", "-netns", namespace, "-json", "-details", "address", "show")
         return [link for link in lab_network.links(output) if link.up or link.addresses]
 
     def outsider(self, outsider: dict[str, str]) -> None:
@@ -252,8 +253,8 @@ class Bridge:
         self.changes.append(f"outsider {name}")
         if self.module.check_mode:
             return
-        self.run("ip", "netns", "delete", name, check=False)
-        self.run("ip", "link", "delete", host_end, check=False)
+        self.quietly("ip", "netns", "delete", name)
+        self.quietly("ip", "link", "delete", host_end)
         self.run("ip", "netns", "add", name)
         self.run("ip", "link", "add", host_end, "type", "veth", "peer", "name", "out0", "netns", name)
         self.run("ip", "link", "set", host_end, "master", self.name, "up")
@@ -263,16 +264,16 @@ class Bridge:
         self.run("ip", *inside, "link", "set", "out0", "up")
 
     def absent(self) -> None:
-        """Remove what is there and not another lab's."""
+        """Remove what is there and this lab's; a bridge that no lab has made is left alone with all that is on it."""
         bridge = self.bridge()
-        if bridge and bridge.owner not in ("", self.nodes):
+        if bridge and not self.is_ours(bridge):
             return
         for outsider in self.params["outsiders"]:
             if outsider["name"] in self.namespaces() and not self.elsewhere(outsider["name"]):
                 self.change(f"outsider {outsider['name']}", ["ip", "netns", "delete", outsider["name"]])
         if bridge:
             self.change(f"bridge {self.name}", ["ip", "link", "delete", self.name])
-        if self.run("nft", "list", "table", "ip", self.table(), check=False):
+        if self.quietly("nft", "list", "table", "ip", self.table()):
             self.change(f"table {self.table()}", ["nft", "delete", "table", "ip", self.table()])
 
     def elsewhere(self, outsider: str) -> bool:

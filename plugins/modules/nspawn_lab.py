@@ -76,8 +76,6 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.onprem.torch.plugins.module_utils import lab_network, nspawn, nspawn_end
 
-PLUG = "vb-"  # what nspawn calls a node's end of the bridge
-
 
 class Lab:
     """A lab among others on this machine."""
@@ -87,17 +85,13 @@ class Lab:
         self.params = module.params
         self.nodes = nspawn.located(self.params["state_dir"])
         self.removed: list[str] = []
+        self.run = nspawn_end.quietly(module)
         self.links = lab_network.links(self.run("ip", "-json", "-details", "address", "show"), self.run("ip", "-json", "netns", "list"))
 
-    def run(self, *words: str) -> str:
-        """Run a command that may fail, or that this machine may not have, and return what it prints."""
-        if not self.module.get_bin_path(words[0]):
-            return ""
-        return str(self.module.run_command(list(words))[1])
-
-    def tables(self) -> list[str]:
-        """Return the names of the nftables tables for IPv4."""
-        return [line.split()[-1] for line in self.run("nft", "list", "tables", "ip").splitlines() if line.strip()]
+    def tables(self) -> dict[str, str]:
+        """Return the labs' nftables tables by name."""
+        found = [line.split()[-1] for line in self.run("nft", "list", "tables", "ip").splitlines() if line.strip()]
+        return {name: self.run("nft", "list", "table", "ip", name) for name in found if name.startswith(lab_network.table(""))}
 
     def present(self) -> None:
         """Make room for the lab."""
@@ -124,15 +118,14 @@ class Lab:
         for name in nspawn_end.left_nodes(self.nodes):
             self.remove_node(os.path.join(self.nodes, name))
         bridges = set(lab_network.bridges_of(self.nodes, self.links))
-        for link in self.links:
-            # One that a killed run has not signed yet, or that was made before bridges were signed, and that no lab uses.
-            unsigned = link.name == self.params["bridge"] and not link.alias
-            ours = link.bare or lab_network.table(link.name) in self.tables()
-            if unsigned and ours and not any(machine.bridge == link.name for machine in nspawn.machines()):
-                bridges.add(link.name)
-        owner = next((link.owner for link in self.links if link.name == self.params["bridge"]), "")
-        if lab_network.table(self.params["bridge"]) in self.tables() and owner in ("", self.nodes):
-            bridges.add(self.params["bridge"])  # whose table has outlived it
+        name, rules = self.params["bridge"], self.tables().get(lab_network.table(self.params["bridge"]), "")
+        link = next((link for link in self.links if link.name == name), None)
+        used = any(machine.bridge == name for machine in nspawn.machines())
+        if link and not used and lab_network.belongs(link, self.nodes, self.links, rules):
+            bridges.add(name)
+        elif rules and not used and not (link and link.alias.startswith(lab_network.ALIAS.strip())):
+            # It has outlived its bridge, or an earlier release has made it for a bridge that is not the lab's.
+            self.remove_table(name)
         for bridge in sorted(bridges):
             self.remove_bridge(bridge)
         if not self.module.check_mode:
@@ -155,14 +148,20 @@ class Lab:
         commands += [["ip", "link", "delete", bridge]]
         self.removed.append(f"bridge {bridge}")
         if lab_network.table(bridge) in self.tables():
-            commands += [["nft", "delete", "table", "ip", lab_network.table(bridge)]]
+            self.remove_table(bridge)
         if self.module.check_mode:
             return
         # Nodes whose nspawn was killed, and whose folder is gone, live on.
-        plugs = {link.name[len(PLUG) :] for link in self.links if link.master == bridge and link.name.startswith(PLUG)}
+        plugs = {link.name[len(lab_network.PLUG) :] for link in self.links if link.master == bridge and link.name.startswith(lab_network.PLUG)}
         nspawn_end.kill(nspawn_end.members(plugs))
         for command in commands:
             self.run(*command)
+
+    def remove_table(self, bridge: str) -> None:
+        """Remove the nftables table of a bridge."""
+        self.removed.append(f"table {lab_network.table(bridge)}")
+        if not self.module.check_mode:
+            self.run("nft", "delete", "table", "ip", lab_network.table(bridge))
 
 
 def main() -> None:

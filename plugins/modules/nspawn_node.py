@@ -150,6 +150,7 @@ class Node:
     def __init__(self, module: AnsibleModule) -> None:
         self.module = module
         self.params = module.params
+        self.quietly = nspawn_end.quietly(module)
         self.name = self.params["name"]
         self.nodes = nspawn.located(self.params["state_dir"])
         self.folder = os.path.join(self.nodes, self.name)
@@ -167,10 +168,10 @@ class Node:
         """Fail with a sentence that names the node."""
         self.module.fail_json(msg=f"{self.name}: {text}", machine=self.machine)
 
-    def run(self, *words: str, check: bool = True) -> str:
+    def run(self, *words: str) -> str:
         """Run a command and return what it prints."""
         returncode, stdout, stderr = self.module.run_command(list(words))
-        if returncode != 0 and check:
+        if returncode != 0:
             self.fail(f"{' '.join(words[:4])} … failed: {(stderr or stdout).strip()}")
         return stdout
 
@@ -275,10 +276,6 @@ class Node:
         except OSError:
             return "there is no console"
 
-    def quietly(self, *words: str) -> str:
-        """Run a command that may fail, or that this machine may not have."""
-        return self.run(*words, check=False) if self.module.get_bin_path(words[0]) else ""
-
     def power_off(self) -> None:
         """End the node at once, and what a killed nspawn left of it."""
         try:
@@ -291,7 +288,7 @@ class Node:
         pid = nspawn.leader(self.root)
         if not pid:
             return ""
-        return self.run("nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", *words, check=False)
+        return self.quietly("nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", *words)
 
     def wait(self, not_leader: int = 0) -> str:
         """Wait until the node answers and return the state of its services."""

@@ -137,7 +137,9 @@ class Reader:
                 values[variable] = None  # so that no node is asked for it
         for variable in URLS:
             if values.get(variable):
-                values[variable] = without_credentials(values[variable])
+                problem = url_problem(name, variable, values[variable])
+                problems += [problem] if problem else []
+                values[variable] = None if problem else without_credentials(values[variable])
         problems += value_checks.check(name, values)
         return Host(name, values, {}, str(raw.get("ansible_host") or name)), masked(problems, hidden)
 
@@ -188,7 +190,8 @@ class Reader:
             value = value.lower() == "true"
         value, expected = checks.convert(given := value, self._catalog.specs[variable])
         if expected:
-            what = checks.kind_of(given) if self._catalog.specs[variable].get("no_log") else checks.shown(given)
+            secret = self._catalog.specs[variable].get("no_log") or (variable in URLS and "@" in str(given))
+            what = checks.kind_of(given) if secret else checks.shown(given)
             text = f"{variable} is {what}, but {expected} was expected"
             return None, Problem(host, variable, text, f"correct {variable} in the inventory")
         return value, None
@@ -207,6 +210,18 @@ def without_credentials(value: t.Any) -> t.Any:
     return secret_texts.split_url(str(value))[0]
 
 
+def url_problem(host: str, variable: str, value: t.Any) -> Problem | None:
+    """Return the problem of a URL, or of one of a list, whose secrets cannot be told from the rest; it is not shown."""
+    urls = [str(url) for url in (value if isinstance(value, (list, tuple)) else [value])]
+    if any(secret_texts.unclear(url) for url in urls):
+        text = f"{variable} has a user or password with a character that has to be quoted"
+        return Problem(host, variable, text, "write / as %2F, a space as %20, and an @ that belongs to a path as %40")
+    if any(secret_texts.has_credentials(secret_texts.split_url(url)[0]) for url in urls):
+        text = f"{variable} has a token behind its ?, which everybody on a node could read"
+        return Problem(host, variable, text, "give it as user or password, as in https://USER:PASSWORD@HOST/")
+    return None
+
+
 def unreadable(host: str, variable: str, error: Exception, secret: bool = False) -> Problem:
     """Return the problem of a value that Ansible cannot read: a secret without its key, or a broken template.
 
@@ -218,5 +233,6 @@ def unreadable(host: str, variable: str, error: Exception, secret: bool = False)
         return Problem(host, variable, text, "give the right key with --vault-password-file or --ask-vault-pass")
     if secret:
         reason = ", ".join(re.findall(r"'\w+' is undefined", reason)) or "its template is wrong"
+    reason = secret_texts.redacted(reason)
     reason = reason if len(reason) <= 160 else reason[:159] + "…"
     return Problem(host, variable, f"{variable} cannot be read ({reason.rstrip('.')})", "correct the expression")

@@ -269,8 +269,9 @@ def test_a_host_above_the_others_is_refused_and_below_is_not():
 
 def test_a_node_that_was_installed_anew_is_refused():
     cluster, (sentence,) = moved("rank 0", ["n0", "n1"], ["n0", "n1"], lambda cluster: cluster.reinstall("n0"))
-    assert sentence.startswith("n0: it would have rank 0, whose newest checkpoint step-30.pt was on the node that was n0 before") or sentence.startswith(
-        "n0: rank 0 had its newest checkpoint step-30.pt in /ckpt here, and now it has none"
+    assert sentence == (
+        "n0: rank 0 had its newest checkpoint step-30.pt in /ckpt here, and now it has none; copy a backup to n0:/ckpt, or train anew with "
+        "playbooks/restart.yml, or accept the loss for this run with -e torchrun_accept_lost_progress=true (it may begin from nothing)."
     )
     cluster.start(["n0", "n1"], accepted=True)
     assert cluster.lost(["n0", "n1"]) == [], "accepted once"
@@ -370,7 +371,19 @@ def test_a_node_that_is_only_renamed_is_the_same():
 def test_a_job_that_was_started_before_there_were_records_is_known_by_its_units():
     survivor = Seat("n1", 0, was="n1", unit_rank=1, unit_nodes=2, started=100.0, state="read", seen=["n0"])
     (problem,) = continuity.lost([survivor], FOLDER)
-    assert problem.text.startswith("it would take rank 0 from n0 and had rank 1, but the checkpoints of rank 0 in /ckpt lies on n0") or "rank 0" in problem.text
+    assert problem.text == "it would take rank 0 from n0 and had rank 1, but the checkpoints of rank 0 in /ckpt lie on n0, and it has none"
+
+
+@pytest.mark.parametrize("was", ["", "x"])
+def test_checkpoints_without_a_name_are_many(was):
+    """What is not known by name is told in the plural."""
+    witness = Seat("n1", 1, was="n1", unit_rank=1, unit_nodes=2, started=100.0, state="read", seen=["n0"])
+    (problem,) = continuity.lost([Seat("n0", 0, was=was), witness], FOLDER)
+    assert problem.text == (
+        "it would have rank 0, whose checkpoints were on the node that was n0 before, and it has none"
+        if was
+        else "rank 0 had its checkpoints in /ckpt here, and now it has none"
+    )
 
 
 def test_a_finished_release_is_not_trained_again():

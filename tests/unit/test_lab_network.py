@@ -21,8 +21,13 @@ def bridge(name="onprem0", address="198.18.0.1", prefix=24, alias="", up=True, k
     return {**entry, **({"ifalias": alias} if alias else {})}
 
 
-def look(*entries, lab=MINE, machines=(), tables=(), routes=()):
-    return lab_network.look(lab, lab_network.links(json.dumps(entries)), [json.dumps(routes)], machines, tables)
+def rules(network="198.18.0.0/24"):
+    """A bridge's table as nft lists it."""
+    return f'table ip onprem_lab_onprem0 {{\n\tchain postrouting {{\n\t\tip saddr {network} oifname != "onprem0" masquerade\n\t}}\n}}\n'
+
+
+def look(*entries, lab=MINE, machines=(), tables=None, routes=()):
+    return lab_network.look(lab, lab_network.links(json.dumps(entries)), [json.dumps(routes)], machines, tables or {})
 
 
 @pytest.fixture
@@ -46,9 +51,12 @@ def test_a_bridge_with_living_nodes_of_another_lab_is_refused_and_both_named(liv
 
 
 def test_another_lab_is_taken_over_only_when_asked_or_gone(living):
-    taken = look(bridge(), lab=MINE._replace(take_over=True), machines=[living])
+    taken = look(bridge(alias=lab_network.ALIAS + living.nodes), lab=MINE._replace(take_over=True), machines=[living])
     assert taken == lab_network.Findings([], [living], ["onprem0"])
-    assert look(bridge(), machines=[GONE]) == lab_network.Findings([], [GONE], ["onprem0"])
+    assert look(bridge(alias=lab_network.ALIAS + THEIRS), machines=[GONE]) == lab_network.Findings([], [GONE], ["onprem0"])
+    assert look(bridge(), machines=[GONE], tables={lab_network.table("onprem0"): rules()}) == lab_network.Findings([], [GONE], ["onprem0"])
+    unproven = look(bridge(), machines=[GONE])
+    assert len(unproven.problems) == 1 and "lab_bridge" in unproven.problems[0] and not unproven.end and not unproven.remove
     assert look(bridge(alias=lab_network.ALIAS + THEIRS)) == lab_network.Findings([], [], ["onprem0"])
 
 
@@ -56,8 +64,8 @@ def test_the_own_bridge_is_kept_also_one_of_before_bridges_were_signed():
     own = nspawn.Machine(9, "lab1-123456", f"{MINE.nodes}/lab1/root", "onprem0")
     for found in (
         look(bridge(alias=lab_network.ALIAS + MINE.nodes), machines=[own]),
-        look(bridge(), machines=[own]),
-        look(bridge(), tables=[lab_network.table("onprem0")]),
+        look(bridge(), machines=[own], tables={lab_network.table("onprem0"): rules()}),
+        look(bridge(), tables={lab_network.table("onprem0"): rules()}),
         look(bridge(address="", up=False)),
         look(),
     ):
@@ -72,6 +80,59 @@ def test_an_interface_of_somebody_elses_is_never_touched(kind):
     assert len(found.problems) == 1 and "lab_subnet" in found.problems[0] and "docker0" in found.problems[0] and not found.remove
     port = {"ifname": "tap0", "master": "onprem0"}
     assert look(bridge(address="", up=False), port).problems, "somebody is about to use it"
+
+
+SIGNED = lab_network.ALIAS + MINE.nodes
+UPLINK = {"ifname": "eth0", "master": "onprem0"}
+PLUGGED = {"ifname": "vb-lab1-123456", "master": "onprem0", "linkinfo": {"info_kind": "veth"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "ports", "table", "nodes", "ours"),
+    [
+        (bridge(alias=SIGNED), [], "", MINE.nodes, True),
+        (bridge(alias=SIGNED), [UPLINK], "", MINE.nodes, True),
+        (bridge(alias=SIGNED), [], rules(), THEIRS, False),
+        (bridge(alias=SIGNED), [], rules(), "", False),
+        (bridge(alias="onprem.torch"), [], "", "", True),
+        (bridge(alias="onprem.torch"), [], rules(), MINE.nodes, False),
+        # What killed runs and earlier releases left.
+        (bridge(address="", up=False), [], "", MINE.nodes, True),
+        (bridge(), [PLUGGED, {"ifname": "vo-stranger", "master": "onprem0"}], rules(), MINE.nodes, True),
+        (bridge(address="", up=True), [], rules(), MINE.nodes, True),
+        (bridge(), [], rules(), "", True),
+        # The operator's own, also where an earlier release has had its nodes on it.
+        (bridge(), [], "", MINE.nodes, False),
+        (bridge(), [], "", "", False),
+        (bridge(), [PLUGGED], "", MINE.nodes, False),
+        (bridge(address="", up=True), [UPLINK], "", MINE.nodes, False),
+        (bridge(address="", up=False), [UPLINK], "", MINE.nodes, False),
+        (bridge(alias="uplink"), [], rules(), MINE.nodes, False),
+        (bridge(), [UPLINK], rules(), MINE.nodes, False),
+        (bridge(address="192.168.122.1"), [], rules(), MINE.nodes, False),
+        (bridge(), [], "table ip onprem_lab_onprem0 {\n}\n", MINE.nodes, False),
+        (bridge(kind=""), [], rules(), MINE.nodes, False),
+        (bridge(alias=SIGNED, kind="bond"), [], rules(), MINE.nodes, False),
+    ],
+)
+def test_only_a_bridge_that_is_provably_the_labs_belongs_to_it(entry, ports, table, nodes, ours):
+    found = lab_network.links(json.dumps([entry, *ports]))
+    assert lab_network.belongs(found[0], nodes, found, table) == ours
+
+
+@given(st.sampled_from(["", "192.168.122.1", "198.18.0.1"]), st.booleans(), st.sampled_from(["eth0", "tap0", "bond0"]), st.booleans(), st.booleans())
+def test_a_bridge_with_somebody_elses_port_is_never_an_unsigned_labs(address, up, port, plugged, table):
+    entries = [bridge(address=address, up=up), {"ifname": port, "master": "onprem0"}, *([PLUGGED] if plugged else [])]
+    found = lab_network.links(json.dumps(entries))
+    assert not lab_network.belongs(found[0], MINE.nodes, found, rules() if table else "")
+    unproven = look(*entries, machines=[GONE], tables={lab_network.table("onprem0"): rules()} if table else {})
+    assert unproven.problems and not unproven.end and not unproven.remove
+
+
+def test_the_alias_of_a_bridge_tells_its_owner_or_none():
+    assert lab_network.alias("") == "onprem.torch"
+    assert lab_network.links(json.dumps([bridge(alias=lab_network.alias(MINE.nodes))]))[0].owner == MINE.nodes
+    assert lab_network.links(json.dumps([bridge(alias=lab_network.alias(""))]))[0].owner == ""
 
 
 def test_the_same_network_on_another_labs_bridge(living):

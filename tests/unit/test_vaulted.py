@@ -59,7 +59,7 @@ def test_no_sentence_has_a_secret(inventory):
         "torchrun_master_addr is '(vaulted)', but an IP address was expected",
         "n1, n2: torchrun_environment gives B a list, but text or a number was expected",
         "n1, n2: nccl_verify_environment is a text, but a mapping of names to values was expected",
-        "n1, n2: pytorch_packages holds a URL with a user or password",
+        "n1, n2: pytorch_packages holds a URL with a user, a password or a token",
         "n2: torchrun_environment differs from n1's in A, but a job has one",
     ):
         assert sentence in text, text
