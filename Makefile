@@ -41,8 +41,9 @@ build: setup ## Build the collection's tarball in build/
 bench: setup ## Measure: speed, verification, overhead, recovery (as root; PARTS="nochange scale" for some of them)
 	@python tests/bench/bench.py $(PARTS)
 
-soak: setup ## New examples for the unit tests, random faults for MINUTES minutes, train.yml killed at 20 random moments (as root)
+soak: setup ## New examples for the unit tests, more cases on nodes, random faults for MINUTES minutes, train.yml killed at 20 random moments (as root)
 	HYPOTHESIS_PROFILE=new pytest -q -n 2 tests/unit
+	for suite in faults nvidia verify; do pytest -q -m matrix tests/$$suite || exit; done
 	python tests/soak.py $(MINUTES)
 	python tests/interrupts/soak.py
 

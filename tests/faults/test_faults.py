@@ -9,14 +9,19 @@ import faults
 import pytest
 
 CASES = [
-    (faults.worker_killed, 0), (faults.worker_killed, 2), (faults.torchrun_killed, 1), (faults.supervisor_killed, 0),
-    (faults.supervisor_killed, 3), (faults.worker_fails, 2), (faults.two_at_once, 1), (faults.port_taken, 2),
-    (faults.worker_hangs, 1), (faults.reboot, 1), (faults.reboot, 0), (faults.partition, 2), (faults.power_loss, 3),
+    (faults.worker_killed, 2), (faults.torchrun_killed, 1), (faults.supervisor_killed, 0), (faults.worker_fails, 2),
+    (faults.two_at_once, 1), (faults.port_taken, 2), (faults.worker_hangs, 1), (faults.reboot, 0), (faults.partition, 2),
     (faults.power_loss, 0), (faults.power_loss_of_all, 0),
 ]
+# The same on nodes that have the other part in the job.
+MORE = [(faults.worker_killed, 0), (faults.supervisor_killed, 3), (faults.reboot, 1), (faults.power_loss, 3)]
 
 
-@pytest.mark.parametrize("fault, node", CASES, ids=[f"{fault.__name__}-{node + 1}" for fault, node in CASES])
+def case(fault, node, *marks):
+    return pytest.param(fault, node, marks=marks, id=f"{fault.__name__}-{node + 1}")
+
+
+@pytest.mark.parametrize("fault, node", [*(case(*one) for one in CASES), *(case(*one, pytest.mark.matrix) for one in MORE)])
 def test_recovers(training, measured, fault, node):
     measured(faults.recovered(training, fault, node))
 

@@ -203,7 +203,7 @@ def test_a_module_that_is_not_built_is_named_and_heals_once_it_can_be(nodes, sou
     assert nodes.versions() == [dict.fromkeys(WHOLE, OLD)] * 2 and nodes.held() == [WHOLE] * 2
 
 
-@pytest.mark.parametrize("kind", ["-open", ""])
+@pytest.mark.parametrize("kind", [pytest.param("-open", marks=pytest.mark.matrix), ""])
 def test_another_version_replaces_a_module_that_is_not_built(nodes, source, kind):
     source.repository.offer([*apt_repository.driver(OLD), *apt_repository.driver(NEW)])
     nodes.run(f"echo {OLD} >/run/broken-build")

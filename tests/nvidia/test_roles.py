@@ -136,7 +136,7 @@ def test_one_variable_upgrades_and_downgrades_the_set_and_the_line(nodes, play):
     ("facts", "variables", "word"),
     [
         ({}, {"nvidia_driver_reboot": False}, "nvidia_driver_reboot is false"),
-        ({"control_node": True}, {}, "the machine that Ansible runs on, which is never rebooted"),
+        pytest.param({"control_node": True}, {}, "the machine that Ansible runs on, which is never rebooted", marks=pytest.mark.matrix),
     ],
 )
 def test_a_reboot_that_is_not_ours_to_make_is_pending(nodes, play, facts, variables, word):

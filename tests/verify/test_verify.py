@@ -7,6 +7,7 @@ import re
 import threading
 import time
 
+import pytest
 from lab import PYTHON_PACKAGES
 
 
@@ -50,6 +51,7 @@ def test_a_slow_node_is_named(verify, lab):
     assert "verify5" in found.screen()[0] + found.screen()[1]
 
 
+@pytest.mark.matrix
 def test_two_slow_nodes_at_once_are_named(verify, lab):
     lab.nodes[0].limit()
     lab.nodes[6].limit()
