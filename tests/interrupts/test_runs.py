@@ -50,8 +50,12 @@ def node(cut):
     first.shell(f"systemctl stop {UNIT}; rm -f /etc/systemd/system/{UNIT}; systemctl daemon-reload; systemctl stop holder 2>/dev/null || true")
 
 
-def play(path, *options):
-    return subprocess.Popen([sys.executable, "-m", "ansible", "playbook", str(path), "-i", LAB, *options],
+# A control node that sees no process of this one.
+ELSEWHERE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+def play(path, *options, where=()):
+    return subprocess.Popen([*where, sys.executable, "-m", "ansible", "playbook", str(path), "-i", LAB, *options],
                             cwd=ROOT, env={**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -127,6 +131,8 @@ def test_of_two_runs_one_is_refused_or_waits_and_a_stop_interrupts(cut, node, tm
     refused = ended(play("playbooks/verify.yml", "-e", "cluster_wait=0"), 2)
     assert "(provision of the job train, process" in refused and "cluster_take_over=true" in refused, refused[-3000:]
     assert "is changing this cluster" in ended(play("playbooks/plan.yml"), 0)
+    refused = ended(play("playbooks/verify.yml", "-e", "cluster_wait=0", where=ELSEWHERE), 2)
+    assert "(provision of the job train, process" in refused and "cluster_take_over=true" in refused, refused[-3000:]
     assert node.shell(f"cat {LEASE}") == lease, "the first run was disturbed"
 
     second = play(tmp_path / "holds.yml", "-e", f"go={ROOT}/README.md", "-e", "cluster_wait=300")
@@ -148,3 +154,12 @@ def test_of_two_runs_one_is_refused_or_waits_and_a_stop_interrupts(cut, node, tm
     cut.kill_play(third)
     after = ended(play(tmp_path / "holds.yml", "-e", f"go={tmp_path}/go", "-e", "cluster_wait=0"), 0)
     assert "has ended without giving the cluster back" in after and active(node) == "inactive", after[-3000:]
+
+    # Another control node cannot know that it was killed, so a person has to say it.
+    fourth = play(tmp_path / "holds.yml", "-e", f"go={tmp_path}/never")
+    when(lambda: node.shell(f"test -s {LEASE} && echo yes || true"), "the fourth run has the cluster", fourth)
+    cut.kill_play(fourth)
+    words = (tmp_path / "holds.yml", "-e", f"go={tmp_path}/go", "-e", "cluster_wait=0")
+    assert "cluster_take_over=true" in ended(play(*words, where=ELSEWHERE), 2)
+    ended(play(*words, "-e", "cluster_take_over=true", where=ELSEWHERE), 0)
+    assert not any(each.shell(f"test -s {LEASE} && echo yes || true") for each in cut.nodes), "the cluster was not given back"
