@@ -292,6 +292,39 @@ def run_as(who: Account, command: t.Sequence[str], seconds: float, variables: t.
     return status, output.decode(errors="replace"), errors.decode(errors="replace")
 
 
+def printed(command: t.Sequence[str], limit: int = ANSWER, seconds: float = SECONDS) -> str:
+    """Return the beginning of what a program prints whose output others decide about, as a job does about its journal.
+
+    Args:
+        command: the program and its arguments; it runs with the rights of this process.
+        limit: bytes after which the program is killed; a last character or line may be cut.
+        seconds: after which it is killed, too.
+
+    Returns:
+        What it printed until then; empty where it cannot be started.
+    """
+    environ = {**os.environ, "LC_ALL": "C.UTF-8"}
+    try:
+        child = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environ, start_new_session=True
+        )
+    except OSError:
+        return ""
+    assert child.stdout
+    deadline = time.monotonic() + seconds
+    parts, size = [], 0
+    with child.stdout as stream:
+        while size < limit and select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            block = os.read(stream.fileno(), min(1 << 16, limit - size))
+            if not block:
+                break
+            parts.append(block)
+            size += len(block)
+    _end(child.pid)
+    child.poll()
+    return b"".join(parts).decode("utf-8", "replace")
+
+
 # --- relative to opened folders ---
 
 

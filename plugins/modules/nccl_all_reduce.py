@@ -294,6 +294,8 @@ NODE_PROGRAM = "nccl_verify_node.py"
 POLL_SECONDS = 0.2
 # Bytes of a result, which comes from programs that run as the job's user.
 RESULT_LIMIT = 64 << 20
+# Bytes of the journal that are read where there is no result.
+JOURNAL_LIMIT = 1 << 16
 # In a folder in which nobody but root can put anything.
 ENVIRONMENT_FILE = "/run/nccl-verify.env"
 
@@ -402,9 +404,9 @@ class Verification:
         result = self.result()
         journal = ""
         if not result:
-            _returncode, journal, _stderr = self.module.run_command(
-                ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=30", f"--unit={verify_config.UNIT}"]
-            )
+            # The newest first: what ran there decides how much a line holds.
+            words = ["journalctl", "--reverse", "--quiet", "--no-pager", "--output=cat", "--lines=30", f"--unit={verify_config.UNIT}"]
+            journal = "\n".join(reversed(safe_files.printed(words, JOURNAL_LIMIT).splitlines()))
         self.remove()
         return {"result": result, "journal": journal[-4000:]}
 

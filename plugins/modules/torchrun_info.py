@@ -129,6 +129,7 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
     journal,
     looks,
     node_facts,
+    safe_files,
     supervisor_state,
 )
 
@@ -216,9 +217,10 @@ def main() -> None:
     since = int(show.get("StateChangeTimestampMonotonic") or 0) / 1e6
     step, step_time = "", None
     if params["step_pattern"] and there:
-        command = ["journalctl", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
-        _code, stdout, _stderr = module.run_command(command)
-        step, step_time = job_evidence.last_step(journal.entries("", stdout)[0], params["step_pattern"])
+        # The newest first: the job decides how much a line holds, so not all of them may be read.
+        command = ["journalctl", "--reverse", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
+        lines = journal.entries("", safe_files.printed(command))[0]
+        step, step_time = job_evidence.last_step(lines[::-1], params["step_pattern"])
     look = looks.Looks(looks.reader(params["user"]))
     found = {**jobs_own(params, look), "evidence": evidence(module, look) if params["evidence"] else {}}
     module.exit_json(

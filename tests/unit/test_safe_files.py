@@ -896,3 +896,12 @@ def test_a_name_that_cannot_be_moved_keeps_no_other_and_no_folder_stands_for_a_m
     assert sorted(path.name for path in folder.iterdir() if "set-aside" not in path.name) == ["a.pt", "keep.txt"]
     safe_files.as_user(ALICE, lambda: job_folders.forget(str(tmp_path)))
     assert job_folders.end_marks(str(tmp_path)) == []
+
+
+def test_of_what_a_program_prints_only_the_beginning_is_read():
+    """A journal's lines are as long as a job makes them; nobody waits for the end of the last one."""
+    assert safe_files.printed(["echo", "one"]) == "one\n"
+    assert safe_files.printed(["yes"], 1000) == "y\n" * 500
+    assert safe_files.printed(["sh", "-c", "echo begun; exec sleep 600"], seconds=1) == "begun\n"
+    assert safe_files.printed(["sh", "-c", r"printf '\303'; exec yes"], 2) == "\ufffdy"
+    assert safe_files.printed(["/nonexistent/program"]) == ""
