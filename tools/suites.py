@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright: Contributors to the onprem.torch project
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Run the suites side by side and print what took how long; tools/test.sh calls this. Fails if one suite failed.

@@ -207,7 +207,9 @@ node:
       description: Why nothing is known of the job's supervisor although it has left a state, as a sentence; else empty.
       type: str
     past:
-      description: The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes. C(unread) tells why some of it is not known.
+      description:
+        - The job's last start and the newest checkpoints that lie there, lay there, or were seen on other nodes.
+        - C(unread) tells why some of it is not known.
       type: dict
     glibc:
       description: Version of the C library, which decides the wheels that fit.

@@ -479,7 +479,8 @@ class Node:
             "active": self.active() if there else False,
             # Whatever was asked for is done by now: a file system that hangs must not take that back.
             "current": looks.Looks(None).at(params["root"], lambda: job_folders.current(params["root"]), ""),
-            "finished": bool(params["release"]) and looks.Looks(reader).at(params["root"], lambda: job_folders.finished(params["root"], params["release"]), False),
+            "finished": bool(params["release"])
+            and looks.Looks(reader).at(params["root"], lambda: job_folders.finished(params["root"], params["release"]), False),
         }
         if params["release"]:
             result["source_hash"] = self.source_hash()

@@ -54,8 +54,11 @@ CUT = "table ip cut {{ chain input {{ type filter hook input priority -20; ip sa
     ("ports", "sentence"),
     [
         ("29501", r"fault2: waiting for rank 0's supervisor at 198\.18\.32\.11:29501 \(198\.18\.32\.11 drops TCP from 198\.18\.32\.12 to port 29501: "),
-        pytest.param("32768-60999", r"(198\.18\.32\.11 drops TCP from 198\.18\.32\.12|198\.18\.32\.12 drops TCP from 198\.18\.32\.11) to port \d{5}, look at its firewall",
-                     marks=pytest.mark.matrix),
+        pytest.param(
+            "32768-60999",
+            r"(198\.18\.32\.11 drops TCP from 198\.18\.32\.12|198\.18\.32\.12 drops TCP from 198\.18\.32\.11) to port \d{5}, look at its firewall",
+            marks=pytest.mark.matrix,
+        ),
     ],
     ids=["supervisor", "ephemeral"],
 )

@@ -159,7 +159,8 @@ def test_rollback_to_another_checkpoint_folder_is_refused():
     assert job_state.decide_rollback({"n1": {"releases": starts, "release": "b", "unit": "active"}})[0] == "rollback"
 
 
-UNIT = "ExecStart=/usr/bin/python3 supervisor.py --host {host} -- python -m torch.distributed.run --nnodes={nodes} --node-rank={rank} --master-addr={first} t.py\n"
+TORCHRUN = "python -m torch.distributed.run --nnodes={nodes} --node-rank={rank} --master-addr={first} t.py"
+UNIT = f"ExecStart=/usr/bin/python3 supervisor.py --host {{host}} -- {TORCHRUN}\n"
 
 
 def release(host, rank, nodes, first):

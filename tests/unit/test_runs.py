@@ -103,10 +103,10 @@ def test_whatever_happens_there_is_no_second_worker(monkeypatch, kind):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-9 if kind == "killed" else 0)
 
 
+KEYS = ["id", "who", "verb", "job", "control", "boot", "pid", "start", "since", "renewed", "lease", "silent", "taken", "problem"]
 HOSTILE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("\x1b]0;OWNED\x07"),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["id", "who", "verb", "job", "control", "boot", "pid", "start", "since", "renewed", "lease", "silent", "taken", "problem"]), inner),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
     max_leaves=20,
 )
 
@@ -224,6 +224,8 @@ def test_a_run_that_fails_gives_all_nodes_back(tmp_path, serial, bad, kept):
     command = f"""mount -t tmpfs tmpfs /run && mkdir -m 755 /run/onprem.torch && cp {tmp_path}/run.json /run/onprem.torch/ || exit 99
 {sys.executable} -m ansible playbook -i {tmp_path}/hosts.yml {tmp_path}/book.yml; code=$?
 test -e /run/onprem.torch/run.json && echo kept; exit $code"""
-    ended = subprocess.run(["unshare", "--mount", "sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False)
+    ended = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
     assert ended.returncode == (0 if bad == "none" else 2), ended.stdout
     assert ("kept" in ended.stdout.splitlines()) == kept and "could not be given back" not in ended.stdout, ended.stdout

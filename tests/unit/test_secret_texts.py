@@ -96,7 +96,8 @@ def test_a_url_whose_password_cannot_be_told_is_refused(password, scheme, rest):
     ("url", "wanted"),
     [
         ("https://bot:a/b+c@host/simple", True), ("https://bot:12/b+c@host/simple", True), ("https://a/b@host", True), ("bot:pw@host/simple", True),
-        ("//bot:pw@host/simple", True), ("https:/bot:pw@host", True), ("https://bot:a b@host.example", True), ("https://a:b@h.example https://c:d@i.example", True),
+        ("//bot:pw@host/simple", True), ("https:/bot:pw@host", True), ("https://bot:a b@host.example", True),
+        ("https://a:b@h.example https://c:d@i.example", True),
         ("https://bot:a%2Fb@host/simple", False), ("https://token@host", False), ("https://bot:pw@pkgs.example/o/feed@Release/simple", False),
         ("https://pkgs.example:8443/feed@Release", False), ("https://host/simple", False), ("/srv/mirror@2", False), ("file:///srv/mirror@2", False),
     ],
@@ -109,7 +110,9 @@ URLS = ("cluster_mirror", "cuda_repository_url", "cuda_repository_key_url", "pyt
 
 
 @pytest.mark.parametrize("variable", URLS)
-@pytest.mark.parametrize("url", ["https://bot:QXZTOKEN/b+c@host/simple", "bot:QXZTOKEN@host", "https://h.example/a?sig=QXZTOKEN", "https://bot:QXZTOKEN a@host"])
+@pytest.mark.parametrize(
+    "url", ["https://bot:QXZTOKEN/b+c@host/simple", "bot:QXZTOKEN@host", "https://h.example/a?sig=QXZTOKEN", "https://bot:QXZTOKEN a@host"]
+)
 @pytest.mark.parametrize("mistyped", [False, True])
 def test_a_variables_url_is_refused_and_not_shown(variable, url, mistyped):
     is_list = (variable == "pytorch_extra_index_urls") != mistyped

@@ -544,9 +544,10 @@ class Coordinator:
 
     def view(self) -> JSON:
         """What every node is told about the job. Always fits into a frame: those who get a larger one drop the connection."""
-        view: JSON = {"state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
-                "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
-                "checkpoint_hosts": self.checkpoint_hosts, "checkpoints": dict(self.checkpoints_seen)}
+        view: JSON = {
+            "state": self.phase, "text": self.text()[:2000], "generation": self.generation, "restarts": self.restarts,
+            "restarts_left": self.restarts_left, "first_cause": self.first_cause, "stopped_by": self.stopped_by,
+            "checkpoint_hosts": self.checkpoint_hosts, "checkpoints": dict(self.checkpoints_seen)}
         # Where a checkpoint lies is worth more than its name.
         over = len(encoded(view)) - Session.LIMIT + ORDER_BYTES
         while over > 0 and view["checkpoints"]:
