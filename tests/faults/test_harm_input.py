@@ -34,12 +34,18 @@ def harmless(output):
 
 
 def test_no_verb_is_stopped_or_misled_by_what_a_job_writes(training):
-    job, (first, *_others) = training, training.machines
+    job, (first, second, *_others) = training, training.machines
     # A process of the unit that talks to the journal itself; it stays until the journal has looked whose it is.
     says = shlex.quote(f"printf '{PRINTED}'; sleep 5")
     first.shell(f"echo $$ >/sys/fs/cgroup/system.slice/{job.unit}/supervisor/cgroup.procs; exec systemd-cat sh -c {says}")
     job.wait(lambda: "fake: PLAY RECAP" in job.journal(since=time.time() - 60), 30, "the line in the journal")
+    # What would keep the job from starting does not keep it from stopping: a folder of its own, and a stranger at a port.
+    as_the_job(job, second, "chmod 0500 ../cache")
+    first.shell("systemd-run --quiet --collect --unit=stranger --property=User=nobody python3 -m http.server 29600")
     job.playbook("playbooks/stop.yml")
+    assert set(job.units()) == {"inactive"}
+    as_the_job(job, second, "chmod 0755 ../cache")
+    first.shell("systemctl stop stranger")
     for machine, command in zip(job.machines, SPOILT):
         as_the_job(job, machine, f"rm -f state.json; {command}")
     name = "step-\033[2J.json"
