@@ -31,7 +31,7 @@ from conftest import (
     wait_until,
 )
 
-WAIT = 8
+WAIT = 20
 PENDING = "/var/lib/onprem.torch/firewall-rollback"
 ROLLED_BACK = f"no new SSH connection got through the changed firewall rules within {WAIT} s, so the node put them back"
 # Each backend has something to change for it.
@@ -141,7 +141,7 @@ def test_a_run_that_is_killed_before_it_confirms_is_put_back_by_the_nodes():
     # Modules that were under way go on; each has started its timer first.
     module_ends = "! pgrep -f [A]nsiballZ_peer_firewall && [ ! -e {0} ] && [ ! -e {0}.running ]".format(PENDING)
     for node in NODES:
-        wait_until(lambda node=node: node.run(f"({module_ends}) >/dev/null && echo yes; true").strip() == "yes", f"{node.name} has put it back", 40)
+        wait_until(lambda node=node: node.run(f"({module_ends}) >/dev/null && echo yes; true").strip() == "yes", f"{node.name} has put it back", 120)
     same = {name for name, text in on_all(lambda node: node.run("cat /run/onprem.torch/firewall-confirmed")).items() if text == confirmed[name]}
     assert watched.name in same
     unchanged({name: before[name] for name in same})
