@@ -139,7 +139,7 @@ def on_all(function: t.Callable[[Node], t.Any], nodes: t.Sequence[Node] = NODES)
         return dict(zip((node.name for node in nodes), pool.map(function, nodes)))
 
 
-def wait_until(condition: t.Callable[[], t.Any], what: str, seconds: float = 90) -> None:
+def wait_until(condition: t.Callable[[], t.Any], what: str, seconds: float = 240) -> None:
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not condition():
