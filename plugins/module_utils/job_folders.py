@@ -21,7 +21,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import stat
 import time
 import typing as t
 
@@ -37,8 +39,13 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
 
 RECORD = "release.json"
 HISTORY = "history.json"
-# What the folder of a release is called until it is whole.
+# What the folder of a release is called until it is whole, and while it is removed; a killed run leaves either.
 PARTIAL = ".partial"
+GONE = ".gone"
+# The name of a release (plan.digest), and what else has a name in its folder: files that are written (environment.write_atomically),
+# and files that a network file system keeps while somebody reads them.
+RELEASE = re.compile(r"[0-9a-f]+")
+FILES = re.compile(re.escape(HISTORY) + r"|\.[a-z0-9_]{8}|\.nfs[0-9a-f]+")
 # Starts that are remembered.
 STARTS = 50
 # Seconds for what happens in the folders of the job's user, which may lie on a slow network file system.
@@ -47,16 +54,66 @@ SECONDS = 120.0
 
 @contextlib.contextmanager
 def opened_releases(root: str) -> t.Iterator[str]:
-    """Yield a path that leads to a job's releases, in which nobody but root can have written.
+    """Yield a path that leads to a job's releases, in which nobody but root can have written, and nothing but releases lies.
+
+    Whoever owns ROOT can give the name to another folder of root's, with what is others' in it.
 
     Raises:
-        safe_files.Unsafe: others than root can write there.
+        safe_files.Unsafe: others than root can write there, or something else lies there.
         OSError: there is no such folder.
     """
     with safe_files.pinned(root, "releases") as folder:
         if not safe_files.roots(os.stat(folder)):
             raise safe_files.Unsafe(f"{root}/releases can be written by others than root")
+        for name in sorted(os.listdir(folder)):
+            if not ours(folder, name):
+                cure = f"move {root}/releases away if it is no folder of a job's, else move {name!r} out of it"
+                raise safe_files.Unsafe(f"{root}/releases holds {name!r}, which is none of the product's", cure=cure)
         yield folder
+
+
+def ours(folder: str, name: str) -> bool:
+    """Return whether an entry of an opened folder of releases was put there by the product, or is gone meanwhile."""
+    path = os.path.join(folder, name)
+    try:
+        found = os.lstat(path)
+        if not safe_files.roots(found):
+            return False
+        if stat.S_ISREG(found.st_mode):
+            return bool(FILES.fullmatch(name))
+        release, ending = os.path.splitext(name)
+        if not stat.S_ISDIR(found.st_mode) or not RELEASE.fullmatch(release):
+            return False
+        return ending in (PARTIAL, GONE) or (not ending and recorded(path) == name)
+    except FileNotFoundError:
+        return not os.path.lexists(path)
+
+
+def recorded(folder: str) -> str:
+    """Return of which release a folder is, as root has written there; empty where nothing says it.
+
+    Raises:
+        FileNotFoundError: there is no record.
+    """
+    try:
+        record = json.loads(safe_files.read_text(os.path.join(folder, RECORD), only_roots=True))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(record.get("release", "")) if isinstance(record, dict) else ""
+
+
+def discard(folder: str, name: str) -> None:
+    """Remove a release, or what is left of one, from an opened folder; what cannot be removed stays.
+
+    It is renamed first: of a killed removal there may be left what no longer says that it is a release.
+    """
+    gone = os.path.join(folder, os.path.splitext(name)[0] + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(os.path.join(folder, name), gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def staged(root: str, release: str, who: safe_files.Account | None) -> dict[str, t.Any]:
@@ -138,7 +195,7 @@ def stage(
     with opened_releases(root) as releases:
         folder = os.path.join(releases, release)
         partial = f"{folder}{PARTIAL}"
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(releases, release + PARTIAL)
         os.mkdir(partial, 0o700)
         source = os.path.join(partial, "source")
         if archive:
@@ -154,7 +211,7 @@ def stage(
         environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
         folder_acl.let_in(partial, who.uid, who.gid)
         os.sync()
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(releases, release)
         os.rename(partial, folder)
 
 
@@ -187,7 +244,7 @@ def unsafe(root: str) -> str:
         with opened_releases(root):
             return ""
     except safe_files.Unsafe as error:
-        return f"{error}; name a folder that only root, or only the job's user, can change, or remove the link"
+        return f"{error}; {error.cure}"
     except OSError as error:
         if error.errno == errno.ENOENT:
             return ""  # a job that was never provisioned
@@ -226,14 +283,14 @@ def link_entries(root: str) -> None:
 def prune(root: str, keep: t.Collection[str], count: int) -> None:
     """Remove the oldest releases beyond ``count``, never one of ``keep``, and what a run that was killed has staged in part."""
     with opened_releases(root) as folder:
-        there = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
-        releases = [name for name in there if not name.endswith(PARTIAL)]
+        there = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        releases = [name for name in there if not name.endswith((PARTIAL, GONE))]
         for name in set(there) - set(releases):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            discard(folder, name)
         releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
         for name in releases[count:]:
             if name not in keep:
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+                discard(folder, name)
 
 
 def keep_run(root: str, release: str, unit: str, environment_text: str) -> None:

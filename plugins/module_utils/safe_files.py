@@ -47,16 +47,22 @@ LINKS = 40
 _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+# What to do where others than root can lead root astray, unless an error knows better.
+CURE = "name a folder that only root, or only the job's user, can change, or remove the link"
+
+
 class Unsafe(Exception):
     """Others than root can lead root astray here; the message is a sentence's first half.
 
     Attributes:
         changer: who they are, such as "/home/alice (alice)".
+        cure: what to do, the sentence's second half.
     """
 
-    def __init__(self, text: str, changer: str = "") -> None:
+    def __init__(self, text: str, changer: str = "", cure: str = CURE) -> None:
         super().__init__(text)
         self.changer = changer
+        self.cure = cure
 
 
 class Account(t.NamedTuple):

@@ -324,9 +324,9 @@ class Node:
                 if self.module.check_mode:
                     return
                 os.mkdir(path, 0o755)
-        with safe_files.pinned(root, "releases") as folder:
-            found = os.stat(folder)
-            if found.st_uid == 0 and found.st_mode & 0o7777 != 0o755:
+        # Another folder of root's under this name is refused before anything of it changes.
+        with job_folders.opened_releases(root) as folder:
+            if os.stat(folder).st_mode & 0o7777 != 0o755:
                 self.changes.append(f"mode of {root}/releases")
                 if not self.module.check_mode:
                     os.chmod(folder, 0o755)
@@ -529,7 +529,7 @@ def main() -> None:
     except node_lock.Busy as error:
         module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
     except safe_files.Unsafe as error:
-        module.fail_json(msg=f"{error}; name a folder that only root, or only the job's user, can change, or remove the link")
+        module.fail_json(msg=f"{error}; {error.cure}")
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         module.fail_json(msg=f"{node.unit_name} cannot be brought to the state {module.params['state']} ({reason}); look at that path and run the play again")

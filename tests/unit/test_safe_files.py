@@ -633,12 +633,12 @@ def project(roots_place):
 )
 def test_a_source_on_the_node_is_staged_whole_or_not_at_all(project, roots_place, name, mode):
     job = f"{roots_place}/job"
-    job_folders.stage(job, "whole", "", project, {}, "", ALICE)
-    whole = job_folders.staged(job, "whole", ALICE)["source_hash"]
+    job_folders.stage(job, "a11", "", project, {}, "", ALICE)
+    whole = job_folders.staged(job, "a11", ALICE)["source_hash"]
     os.chmod(f"{project}/{name}", mode)
     with pytest.raises(source_tree.SourceError, match=r"project.* cannot be read \(Permission denied\), as alice reads it"):
-        job_folders.stage(job, "part", "", project, {}, "", ALICE)
-    assert not os.path.exists(f"{job}/releases/part") and job_folders.staged(job, "whole", ALICE) == {}
+        job_folders.stage(job, "b22", "", project, {}, "", ALICE)
+    assert not os.path.exists(f"{job}/releases/b22") and job_folders.staged(job, "a11", ALICE) == {}
     os.chmod(f"{project}/{name}", 0o755)
     assert whole == source_tree.tree_hash(source_tree.files(project)) or name.endswith(".py")
 
@@ -657,17 +657,115 @@ def test_a_source_on_the_node_that_is_gone_or_late_is_said_so(project, roots_pla
         job_folders.stage(job, "def", "", f"{roots_place}/none", {}, "", ALICE)
 
 
-def test_what_was_staged_in_part_is_no_release_and_goes(roots_place):
-    names = ["a", "b", "c", "d", "new.partial", "old.partial"]
+def released(root, name):
+    """A release's folder, as much of it as tells what it is; what was staged in part, or is half removed, tells nothing."""
+    os.makedirs(f"{root}/releases/{name}/source")
+    if "." not in name:
+        pathlib.Path(root, "releases", name, "release.json").write_text(json.dumps({"release": name, "source_hash": "x"}))
+
+
+def test_what_was_staged_or_removed_in_part_is_no_release_and_goes(roots_place):
+    names = ["a", "b", "c", "d", "e.partial", "f.partial", "f.gone"]
     for age, name in enumerate(names):
-        os.makedirs(f"{roots_place}/releases/{name}/source")
+        released(roots_place, name)
         os.utime(f"{roots_place}/releases/{name}", (1e9 + age, 1e9 + age))
     job_folders.prune(roots_place, {"a"}, 2)
     assert sorted(os.listdir(f"{roots_place}/releases")) == ["a", "c", "d"]
 
 
+def strange(folder, what):
+    """Put into a folder of root's what the product has not put there; return its name."""
+    name = "abc"
+    if what == "a private folder of another user's":
+        owned(folder / (name := "alice")).chmod(0o700)
+    elif what == "a folder of root's":
+        (folder / name).mkdir()
+    elif what == "a record of another release":
+        (folder / name).mkdir()
+        (folder / name / "release.json").write_text('{"release": "abd"}')
+    elif what in ("a record that is no object", "a record that another user wrote", "a record that is a link"):
+        (folder / name).mkdir()
+        record = folder / name / "release.json"
+        record.write_text("[" * 100_000 if "no object" in what else '{"release": "abc"}')
+        if "user" in what:
+            os.chown(record, ALICE.uid, ALICE.gid)
+        if "link" in what:
+            record.rename(folder.parent / "elsewhere")
+            record.symlink_to(folder.parent / "elsewhere")
+    elif what == "a release that another user can write":
+        released(str(folder.parent), name)
+        (folder / name).chmod(0o777)
+    elif what == "a folder in part, of another user's":
+        owned(folder / (name := "abc.partial"))
+    elif what == "a folder with another name in part":
+        (folder / (name := "notes.partial")).mkdir()
+    elif what == "a link":
+        (folder / name).symlink_to("/etc")
+    elif what == "a file":
+        (folder / (name := "notes.txt")).write_text("")
+    return name
+
+
+STRANGE = (
+    "a private folder of another user's", "a folder of root's", "a record of another release", "a record that is no object",
+    "a record that another user wrote", "a record that is a link", "a release that another user can write",
+    "a folder in part, of another user's", "a folder with another name in part", "a link", "a file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_another_folder_under_the_releases_name_is_refused_untouched(roots_place, mode, what):
+    """Whoever owns ROOT can rename a folder of root's to releases, such as lost+found with others' files in it."""
+    releases = pathlib.Path(roots_place, "releases")
+    for name in ("a", "b", "c", "c.partial"):
+        released(roots_place, name)
+    name = strange(releases, what)
+    releases.chmod(mode)
+    os.chown(roots_place, ALICE.uid, ALICE.gid)
+    before = tree(roots_place)
+    node = torchrun_unit.Node(Module(root=roots_place))
+    for work in (
+        lambda: node.keep_releases_folder(roots_place),
+        lambda: job_folders.shield_all(roots_place, ALICE, False),
+        lambda: job_folders.prune(roots_place, (), 0),
+        lambda: job_folders.remember_start(roots_place, "a", False),
+        lambda: job_folders.stage(roots_place, "c", "", "/usr/lib/os-release", {}, "", ALICE),
+    ):
+        with pytest.raises(safe_files.Unsafe, match=f"{roots_place}/releases holds '{name}', which is none of the product's") as error:
+            work()
+        assert f"move {roots_place}/releases away" in error.value.cure and tree(roots_place) == before
+    assert f"holds '{name}'" in job_folders.unsafe(roots_place) and job_folders.history(roots_place) == [] and node.changes == []
+
+
+def test_the_products_own_releases_are_known_however_a_run_was_killed(roots_place):
+    for name in ("a", "b.partial", "c.gone"):
+        released(roots_place, name)
+    folder = pathlib.Path(roots_place, "releases")
+    for name in ("history.json", ".x1_y2z3w", ".nfs00000000a1b2"):
+        (folder / name).write_text("[]")
+    folder.chmod(0o700)
+    folder_acl.let_in(str(folder / "a"), ALICE.uid, ALICE.gid)
+    node = torchrun_unit.Node(Module(root=roots_place))
+    node.keep_releases_folder(roots_place)
+    assert node.changes == [f"mode of {roots_place}/releases"] and stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert job_folders.unsafe(roots_place) == ""
+
+
+def test_a_removal_that_was_killed_leaves_what_is_known_and_goes(roots_place, monkeypatch):
+    """A release's record may be the first that is removed."""
+    for name in ("a", "b"):
+        released(roots_place, name)
+    monkeypatch.setattr(job_folders.shutil, "rmtree", lambda path, **_options: pathlib.Path(path, "release.json").unlink(missing_ok=True))
+    job_folders.prune(roots_place, {"b"}, 0)
+    monkeypatch.undo()
+    assert job_folders.unsafe(roots_place) == ""
+    job_folders.prune(roots_place, {"b"}, 0)
+    assert os.listdir(f"{roots_place}/releases") == ["b"]
+
+
 def test_a_unit_that_root_did_not_write_is_never_gone_back_to(roots_place):
-    os.makedirs(f"{roots_place}/releases/abc")
+    released(roots_place, "abc")
     job_folders.keep_run(roots_place, "abc", "unit", "")
     os.chown(f"{roots_place}/releases/abc/unit", ALICE.uid, ALICE.gid)
     assert job_folders.kept_run(roots_place, "abc") is None
