@@ -72,6 +72,45 @@ def opened_releases(root: str) -> t.Iterator[str]:
         yield folder
 
 
+def refuse_strangers(root: str, who: safe_files.Account | None) -> None:
+    """Refuse a job's folder that somebody has made first, who could give the job other code then.
+
+    Args:
+        root: the job's folder; it need not be there.
+        who: the job's user, None where it is yet to be made.
+
+    Raises:
+        safe_files.Unsafe: somebody else than root and the job's user can change it, or everybody can rename it.
+        OSError: it cannot be looked at.
+    """
+    with contextlib.suppress(FileNotFoundError), safe_files.pinned(root) as job:
+        whose = safe_files.strangers(job, os.stat(job), who)
+        if whose:
+            text = f"torchrun_root leads to {root}, which {whose}: whoever that is can give the job other code"
+            mending = "" if whose.startswith("belongs") else f"take that right away (chmod go-w {root}), "
+            raise safe_files.Unsafe(text, cure=f"{mending}remove it or name another folder")
+    shared = safe_files.open_to_all(root)
+    if shared:
+        text = f"torchrun_root leads to {root}, but all users can rename what lies in {shared}, and so give the job other code"
+        raise safe_files.Unsafe(text, cure=f"set its sticky bit (chmod +t {shared}) or name another folder")
+
+
+def refuse_open(path: str, who: safe_files.Account | None) -> None:
+    """Refuse a folder of the job's in which everybody can replace the job's files: a checkpoint is code to who loads it.
+
+    Raises:
+        safe_files.Unsafe: everybody can, there or in a folder above.
+        OSError: it cannot be looked at.
+    """
+    try:
+        shared = safe_files.open_to_all(path)
+    except PermissionError:  # a user's private folder on a network file system
+        shared = safe_files.as_user(who, lambda: safe_files.open_to_all(path))
+    if shared:
+        text = f"{path} is the job's to write, but all users can replace what lies in {shared}"
+        raise safe_files.Unsafe(text, cure=f"take their right away (chmod o-w {shared}), set its sticky bit (chmod +t {shared}), or name another folder")
+
+
 def ours(folder: str, name: str) -> bool:
     """Return whether an entry of an opened folder of releases was put there by the product, or is gone meanwhile."""
     path = os.path.join(folder, name)

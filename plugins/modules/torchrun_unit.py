@@ -293,6 +293,7 @@ class Node:
             log_root = os.path.dirname(path)
             if log_root in launch.OWN_ROOTS:
                 self.keep_folder(log_root, None, True)
+            job_folders.refuse_open(path, self.who)
             self.keep_folder(path, self.who, os.path.dirname(path) in (root, *launch.OWN_ROOTS))
         self.keep_folder(needrestart.FOLDER, None, False)  # also where needrestart is not installed yet
         self.keep_file(needrestart.PATH, needrestart.TEXT, 0o644)
@@ -311,7 +312,10 @@ class Node:
             os.close(found.handle)
         except OSError as error:
             self.module.fail_json(msg=f"{root} cannot be made ({error.strerror}); correct torchrun_root")
+        job_folders.refuse_strangers(root, self.who)
         self.keep_folder(root, None if found.systems else self.who, found.systems)
+        # Once more, should somebody have been faster.
+        job_folders.refuse_strangers(root, self.who)
         if not self.module.check_mode or os.path.isdir(root):
             self.keep_releases_folder(root)
 
@@ -370,6 +374,7 @@ class Node:
             self.changes.append(f"start of {self.unit_name}")
             return
         root, release = params["root"], params["release"]
+        job_folders.refuse_strangers(root, self.job_user())
         job_folders.switch(root, release, self.job_user())
         job_folders.keep_run(root, release, unit, environment_text)
         job_folders.remember_start(root, release, back)

@@ -774,6 +774,135 @@ def test_a_unit_that_root_did_not_write_is_never_gone_back_to(roots_place):
         job_folders.kept_run(roots_place, "abc")
 
 
+# --- a job's folder that somebody has made first ---
+
+MALLORY = safe_files.Account("mallory", 1234, 1234, (1234,))
+
+
+def listed(path, *entries):
+    """Give something an access control list that lets others write: (tag, id)."""
+    others = [(0x01, 7, 0xFFFFFFFF), (0x04, 5, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF), (0x20, 5, 0xFFFFFFFF)]
+    wanted = sorted([*others, *((tag, 7, who) for tag, who in entries)])
+    os.setxattr(path, folder_acl.ATTRIBUTE, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in wanted))
+
+
+def jobs_folder(path, how):
+    """Make a job's folder in a folder of everybody's, as somebody has left it."""
+    os.mkdir(path, 0o755)
+    os.chown(path, *{"m": (MALLORY.uid, MALLORY.gid), "r": (0, 0), "a": (ALICE.uid, ALICE.gid)}[how[0]])
+    if how[1:].isdigit():
+        os.chmod(path, int(how[1:], 8))
+    elif how[1:] == " list of mallory":
+        listed(path, (0x02, MALLORY.uid))
+    elif how[1:] == " list of a group":
+        listed(path, (0x08, 60123))
+    elif how[1:] == " list of alice":
+        listed(path, (0x02, ALICE.uid))
+    elif how[1:] == " group of people":
+        os.chown(path, -1, 60123)
+        os.chmod(path, 0o775)
+
+
+@pytest.mark.parametrize(
+    ("how", "whose"),
+    [
+        ("m755", "belongs to 1234"), ("m777", "belongs to 1234"), ("m700", "belongs to 1234"), ("r777", "can be written by all users"),
+        ("r1777", "can be written by all users"), ("a777", "can be written by all users"), ("a1777", "can be written by all users"),
+        ("a group of people", "can be written by the group 60123"), ("r group of people", "can be written by the group 60123"),
+        ("a list of mallory", "can be written by 1234"), ("r list of a group", "can be written by the group 60123"),
+        ("r755", ""), ("a755", ""), ("a700", ""), ("r775", ""), ("r list of alice", ""),
+    ],
+)  # fmt: skip
+def test_a_jobs_folder_that_another_user_can_change_is_refused_before_anything_changes(alice, roots_place, how, whose):
+    os.chmod(roots_place, 0o1777)
+    root = f"{roots_place}/t2"
+    jobs_folder(root, how)
+    before = tree(roots_place)
+    node = torchrun_unit.Node(Module(root=root, user="alice"))
+    found = sentences(*(folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")))
+    if whose:
+        with pytest.raises(safe_files.Unsafe) as error:
+            node.keep_job_folder(root)
+        assert str(error.value) == f"torchrun_root leads to {root}, which {whose}: whoever that is can give the job other code"
+        assert found == [f"n1: {error.value}; {error.value.cure}."] and error.value.cure.endswith("remove it or name another folder")
+        assert tree(roots_place) == before and node.changes == []
+        node.wanted, node.active, node.unit_path = lambda _path: False, lambda: False, f"{roots_place}/none"
+        node.params.update(release="abc", keep_releases=3)
+        with pytest.raises(safe_files.Unsafe, match="can give the job other code"):
+            node.run("", "", False)
+    else:
+        node.keep_job_folder(root)
+        assert os.listdir(root) == ["releases"] and not any("can give the job other code" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "gid", "members", "primary", "alone"),
+    [
+        ("alice", 1001, [], ["alice"], True), ("alice", 1001, ["alice", "root"], [], True), ("alice", 1001, ["bob"], ["alice"], False),
+        ("alice", 1001, [], ["alice", "bob"], False), ("users", 1001, [], ["alice"], False), ("bob", 1002, [], [], False),
+    ],
+)  # fmt: skip
+def test_a_users_own_group_is_that_users_while_nobody_else_is_in_it(monkeypatch, tmp_path, name, gid, members, primary, alone):
+    who = safe_files.Account("alice", 1001, 1001, (1001,))
+    entries = {user: pwd.struct_passwd((user, "x", uid, 1001 if user in primary else 1, "", "/", "/bin/sh")) for user, uid in (("alice", 1001), ("bob", 1002))}
+    monkeypatch.setattr(safe_files.grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
+    monkeypatch.setattr(safe_files.pwd, "getpwall", lambda: list(entries.values()))
+    monkeypatch.setattr(safe_files.pwd, "getpwnam", lambda user: entries[user])
+    os.chown(tmp_path, who.uid, gid)
+    os.chmod(tmp_path, 0o775)
+    expected = "" if alone else f"can be written by the group {name}"
+    assert safe_files.strangers(str(tmp_path), os.stat(tmp_path), who) == expected
+    assert safe_files.strangers(str(tmp_path), os.stat(tmp_path), None).startswith("belongs to")
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("above", ["jobs", "."])
+def test_a_folder_above_in_which_everybody_can_rename_is_refused(alice, roots_place, above, made):
+    root = f"{roots_place}/jobs/t2"
+    os.makedirs(root if made else os.path.dirname(root))
+    os.chown(os.path.dirname(root), ALICE.uid, ALICE.gid)
+    shared = os.path.normpath(f"{roots_place}/{above}")
+    os.chmod(shared, 0o777)
+    node = torchrun_unit.Node(Module(root=root, user="alice"))
+    with pytest.raises(safe_files.Unsafe, match=f"torchrun_root leads to {root}, but all users can rename what lies in {shared}, ") as error:
+        node.keep_job_folder(root)
+    entries = [folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")]
+    assert sentences(*entries) == [f"n1: {error.value}; {error.value.cure}."] and os.path.exists(root) == made
+    os.chmod(shared, 0o1777)
+    assert not folder_access.look("torchrun_root", f"{root}/work", "own", "alice")["refused"]
+    node.keep_job_folder(root)
+    assert os.listdir(root) == ["releases"]
+
+
+@pytest.mark.parametrize("variable", ["torchrun_checkpoint_dir", "torchrun_log_root"])
+@pytest.mark.parametrize("above", ["ckpt", "."])
+@pytest.mark.parametrize("owner", [MALLORY, ALICE])
+def test_checkpoints_that_everybody_can_replace_are_refused_and_shared_ones_are_not(alice, roots_place, owner, above, variable):
+    """A colleague's folder, or one of a group's, is fine: whoever made it that way trusts its members."""
+    folder = f"{roots_place}/ckpt"
+    os.mkdir(folder)
+    os.chown(folder, owner.uid, ALICE.gid)
+    os.chmod(folder, 0o2775)
+    assert not sentences(folder_access.look(variable, folder, "write", "alice"))
+    shared = os.path.normpath(f"{roots_place}/{above}")
+    os.chmod(shared, 0o777)
+    (sentence,) = sentences(folder_access.look(variable, folder, "write", "alice"))
+    assert sentence.startswith(f"n1: {folder} is the job's to write, but all users can replace what lies in {shared}; take their right away")
+    with pytest.raises(safe_files.Unsafe):
+        job_folders.refuse_open(folder, ALICE)
+    os.chmod(shared, 0o1777)
+    assert not sentences(folder_access.look(variable, folder, "write", "alice"))
+    job_folders.refuse_open(folder, ALICE)
+
+
+def test_the_plan_tells_what_lies_among_the_releases(alice, roots_place):
+    root = f"{roots_place}/job"
+    os.makedirs(f"{root}/releases/lost")
+    entries = [folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")]
+    (sentence,) = sentences(*entries)
+    assert f"{root}/releases holds 'lost', which is none of the product's; move" in sentence
+
+
 # --- what the plan hears ---
 
 
