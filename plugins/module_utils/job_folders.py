@@ -50,6 +50,8 @@ FILES = re.compile(re.escape(HISTORY) + r"|\.[a-z0-9_]{8}|\.nfs[0-9a-f]+")
 STARTS = 50
 # Seconds for what happens in the folders of the job's user, which may lie on a slow network file system.
 SECONDS = 120.0
+# Seconds for removing what is in one of them, such as a cache.
+REMOVAL_SECONDS = 1800.0
 
 
 @contextlib.contextmanager
@@ -473,7 +475,48 @@ def finished(root: str, release: str) -> bool:
 
 
 def remove(root: str, name: str) -> None:
-    """Remove an entry of the job's folder with all that is in it; links are removed, never followed."""
+    """Remove an entry of the job's folder with all that is in it; links are removed, never followed.
+
+    In a folder of a user's it goes with that user's rights, who can give its name to a folder that only root could remove. The
+    releases are root's everywhere, and go where they are the product's.
+
+    Raises:
+        safe_files.Unsafe: the releases are none of the product's, or the way to the job's folder is not safe.
+        OSError: it cannot be removed.
+    """
     with safe_files.pinned(root) as job:
-        if not safe_files.remove_tree(job, name):
-            raise OSError(errno.ENOTEMPTY, "it cannot be removed while something writes there", os.path.join(root, name))
+        owner = os.stat(job)
+        whose = safe_files.name_of(owner.st_uid)
+        if name == "releases" and _roots_folder(os.path.join(job, name)):
+            done = _remove_releases(root, job)
+        elif owner.st_uid == 0:
+            done = safe_files.remove_tree(job, name)
+        else:
+            who = safe_files.account(whose) or safe_files.Account(whose, owner.st_uid, owner.st_gid, ())
+            done = safe_files.as_user(who, lambda: safe_files.remove_tree(job, name), REMOVAL_SECONDS)
+        if not done:
+            reason = f"it cannot be removed with the rights of {whose}, whose folder it is in, or while something writes there"
+            raise OSError(errno.ENOTEMPTY, reason, os.path.join(root, name))
+
+
+def _roots_folder(path: str) -> bool:
+    """Return whether a path is a folder of root's, and no link."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return found.st_uid == 0 and stat.S_ISDIR(found.st_mode)
+
+
+def _remove_releases(root: str, job: str) -> bool:
+    """Remove the releases by the folder that was opened, since its name may lead elsewhere by now; return whether all is gone."""
+    with opened_releases(root) as folder:
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                discard(folder, entry.name)
+            else:
+                os.unlink(entry.path)
+        if os.listdir(folder):
+            return False
+    os.rmdir(os.path.join(job, "releases"))
+    return True

@@ -726,7 +726,7 @@ def probe_writing(folder: str) -> None:
 
 
 def remove_tree(folder: str, name: str) -> bool:
-    """Remove an entry of a folder of root's with all that is in it, whatever others have made there; return whether all is gone.
+    """Remove an entry of one's own folder with all that is in it, whatever others have made there; return whether all is gone.
 
     Its name is free at once, so that what cannot be removed holds nobody up. rm follows no link, and unlike Python's rmtree
     it goes to any depth (POSIX rm).

@@ -764,6 +764,46 @@ def test_a_removal_that_was_killed_leaves_what_is_known_and_goes(roots_place, mo
     assert os.listdir(f"{roots_place}/releases") == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [*(("releases", what) for what in STRANGE), *((name, what) for name in ("work", "cache", "state", "current") for what in STRANGE[:2])],
+)
+def test_a_removal_takes_no_folder_of_roots_that_is_none_of_the_jobs(roots_place, name, what):
+    """Whoever owns ROOT has given the name of one of the job's folders to another one of root's."""
+    job = owned(pathlib.Path(roots_place, "job"))
+    os.makedirs(job / "releases")
+    strange(job / "releases", what)
+    (job / "releases").rename(job / name)
+    before = tree(job / name)
+    with pytest.raises((safe_files.Unsafe, OSError)) as error:
+        job_folders.remove(str(job), name)
+    left = tree(next(path for path in job.iterdir() if path.name == name or path.name.endswith(".removed")))
+    assert sorted(left.values()) == sorted(before.values()) and (name == "releases") == isinstance(error.value, safe_files.Unsafe)
+
+
+@pytest.mark.parametrize("owner", [ALICE, safe_files.Account("root", 0, 0, (0,))])
+def test_a_job_is_removed_whole_whoever_owns_its_folder(roots_place, owner):
+    job = owned(pathlib.Path(roots_place, "job"), owner)
+    for name in ("a", "b.partial", "c.gone"):
+        released(str(job), name)
+    (job / "releases" / "history.json").write_text("[]")
+    for name in ("work", "cache", "state"):
+        owned(job / name)
+        safe_files.as_user(ALICE, lambda name=name: os.makedirs(job / name / "x" / "y"))
+    (job / "current").symlink_to("releases/a")
+    for name in ("current", "releases", "work", "cache", "state"):
+        job_folders.remove(str(job), name)
+    assert os.listdir(job) == []
+
+
+def test_releases_that_a_user_has_put_in_their_place_go_with_that_users_rights(roots_place):
+    job = owned(pathlib.Path(roots_place, "job"))
+    owned(job / "releases" / "x")
+    os.chown(job / "releases", ALICE.uid, ALICE.gid)
+    job_folders.remove(str(job), "releases")
+    assert os.listdir(job) == []
+
+
 def test_a_unit_that_root_did_not_write_is_never_gone_back_to(roots_place):
     released(roots_place, "abc")
     job_folders.keep_run(roots_place, "abc", "unit", "")
