@@ -8,6 +8,7 @@ What can be tried is tried with that user's rights. Where the user is yet to be 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import posixpath
@@ -15,7 +16,7 @@ import pwd
 import stat
 import typing as t
 
-from ansible_collections.onprem.torch.plugins.module_utils import launch, safe_files
+from ansible_collections.onprem.torch.plugins.module_utils import job_folders, launch, safe_files
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem
 
 # Folders of the system: none of them, and for the second list nothing below them, is a job's to write to.
@@ -73,12 +74,12 @@ def look(variable: str, path: str, use: str, user: str) -> dict[str, t.Any]:
     Returns:
         C(variable), C(path), C(use), C(real) (the path without links), C(home) (whose home it is), C(changer) (who else than root
         can change it), C(owner), C(mode), C(error) (why it cannot be used), C(rootless) (where root cannot make what it has to, and
-        why) and C(exists) (whether the user exists).
+        why), C(refused) (why root does not use it, and what to do) and C(exists) (whether the user exists).
     """
     who = safe_files.account(user)
     entry: dict[str, t.Any] = {
         "variable": variable, "path": path, "use": use, "user": user, "exists": who is not None,
-        "real": path, "home": "", "changer": "", "owner": "", "mode": "", "error": "", "rootless": "", "missing": False,
+        "real": path, "home": "", "changer": "", "owner": "", "mode": "", "error": "", "rootless": "", "missing": False, "refused": [],
     }  # fmt: skip
     try:
         entry.update(safe_files.as_user(None, lambda: _facts(path, use, who)))
@@ -119,8 +120,10 @@ def _facts(path: str, use: str, who: safe_files.Account | None) -> dict[str, t.A
             raise
         if use == "own":
             facts["rootless"] = f"{error.filename or os.path.dirname(path)} (root_squash of a network file system?)"
+        facts["refused"] = [] if reading else _refused(path, "write", who)
         return {**facts, "real": safe_files.as_user(who, lambda: os.path.realpath(path))}
     os.close(found.handle)
+    facts["refused"] = [] if reading else _refused(path, use, who)
     status = os.stat(found.path)
     facts.update(missing=bool(found.missing), owner=safe_files.name_of(status.st_uid), mode=f"{stat.S_IMODE(status.st_mode):04o}")
     if found.missing:
@@ -132,6 +135,22 @@ def _facts(path: str, use: str, who: safe_files.Account | None) -> dict[str, t.A
     if who is None and not facts["byroot"] and not (found.missing and reading):
         facts.update(_modes(found.path, {"read": 0o005, "source": 0o005, "write": 0o003, "own": 0o003}[use]))
     return facts
+
+
+def _refused(path: str, use: str, who: safe_files.Account | None) -> list[str]:
+    """Return why a folder is none of the job's own, since others can change what lies there, and what to do; else nothing."""
+    root = os.path.dirname(path)
+    try:
+        if use == "own":
+            # What root cannot look at, and so cannot use, is told by itself.
+            with contextlib.suppress(OSError):
+                job_folders.refuse_strangers(root, who)
+            with contextlib.suppress(OSError), job_folders.opened_releases(root):
+                pass
+        job_folders.refuse_open(path, who)
+    except safe_files.Unsafe as error:
+        return [str(error), error.cure]
+    return []
 
 
 def _rootless(path: str) -> str:
@@ -304,6 +323,8 @@ def _judged(host: str, entry: t.Mapping[str, t.Any]) -> Problem | None:
     if entry["changer"]:
         text = f"{variable} is {path}, but {entry['changer']} can be changed by others than root, who runs programs from there"
         return Problem(host, variable, text, "name a path that only root can write")
+    if entry.get("refused"):
+        return Problem(host, "torchrun_root" if entry["use"] == "own" else variable, *entry["refused"])
     # What the user can make itself needs no root; a job's folder does, for its releases.
     if entry.get("rootless") and (entry["use"] == "own" or entry["error"]):
         return _unmakeable(host, entry, variable, path)

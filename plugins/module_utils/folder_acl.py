@@ -15,8 +15,8 @@ import struct
 # The extended attribute and its layout: linux/posix_acl_xattr.h, with the tags of linux/posix_acl.h.
 ATTRIBUTE = "system.posix_acl_access"
 VERSION = 2
-USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
-READ, READ_ENTER, ALL = 0o4, 0o5, 0o7
+USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+READ, WRITE, READ_ENTER, ALL = 0o4, 0o2, 0o5, 0o7
 NO_ID = 0xFFFFFFFF
 # File systems without access control lists.
 LACKING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
@@ -27,6 +27,27 @@ def entries(uid: int, may: int = READ_ENTER) -> bytes:
     roots = ALL if may == READ_ENTER else ALL & ~1  # a file is no program
     wanted = ((USER_OBJ, roots, NO_ID), (USER, may, uid), (GROUP_OBJ, 0, NO_ID), (MASK, may, NO_ID), (OTHER, 0, NO_ID))
     return struct.pack("<I", VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in wanted)
+
+
+def writers(path: str, gid: int) -> tuple[set[int], set[int]]:
+    """Return which users and groups beside the owner may write something whose mode lets its group write.
+
+    Args:
+        path: what it is.
+        gid: its group.
+
+    Raises:
+        OSError: that cannot be told.
+    """
+    try:
+        there = os.getxattr(path, ATTRIBUTE)
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, *LACKING):
+            raise
+        return set(), {gid}
+    listed = [(tag, who) for tag, may, who in struct.iter_unpack("<HHI", there[4:]) if may & WRITE]
+    groups = {who for tag, who in listed if tag == GROUP} | {gid for tag, _who in listed if tag == GROUP_OBJ}
+    return {who for tag, who in listed if tag == USER}, groups
 
 
 def only_lets_in(folder: str, uid: int, gid: int) -> bool:

@@ -21,7 +21,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+import stat
 import time
 import typing as t
 
@@ -37,26 +39,122 @@ from ansible_collections.onprem.torch.plugins.module_utils import (
 
 RECORD = "release.json"
 HISTORY = "history.json"
-# What the folder of a release is called until it is whole.
+# What the folder of a release is called until it is whole, and while it is removed; a killed run leaves either.
 PARTIAL = ".partial"
+GONE = ".gone"
+# The name of a release (plan.digest), and what else has a name in its folder: files that are written (environment.write_atomically),
+# and files that a network file system keeps while somebody reads them.
+RELEASE = re.compile(r"[0-9a-f]+")
+FILES = re.compile(re.escape(HISTORY) + r"|\.[a-z0-9_]{8}|\.nfs[0-9a-f]+")
 # Starts that are remembered.
 STARTS = 50
 # Seconds for what happens in the folders of the job's user, which may lie on a slow network file system.
 SECONDS = 120.0
+# Seconds for removing what is in one of them, such as a cache.
+REMOVAL_SECONDS = 1800.0
 
 
 @contextlib.contextmanager
 def opened_releases(root: str) -> t.Iterator[str]:
-    """Yield a path that leads to a job's releases, in which nobody but root can have written.
+    """Yield a path that leads to a job's releases, in which nobody but root can have written, and nothing but releases lies.
+
+    Whoever owns ROOT can give the name to another folder of root's, with what is others' in it.
 
     Raises:
-        safe_files.Unsafe: others than root can write there.
+        safe_files.Unsafe: others than root can write there, or something else lies there.
         OSError: there is no such folder.
     """
     with safe_files.pinned(root, "releases") as folder:
         if not safe_files.roots(os.stat(folder)):
             raise safe_files.Unsafe(f"{root}/releases can be written by others than root")
+        for name in sorted(os.listdir(folder)):
+            if not ours(folder, name):
+                cure = f"move {root}/releases away if it is no folder of a job's, else move {name!r} out of it"
+                raise safe_files.Unsafe(f"{root}/releases holds {name!r}, which is none of the product's", cure=cure)
         yield folder
+
+
+def refuse_strangers(root: str, who: safe_files.Account | None) -> None:
+    """Refuse a job's folder that somebody has made first, who could give the job other code then.
+
+    Args:
+        root: the job's folder; it need not be there.
+        who: the job's user, None where it is yet to be made.
+
+    Raises:
+        safe_files.Unsafe: somebody else than root and the job's user can change it, or everybody can rename it.
+        OSError: it cannot be looked at.
+    """
+    with contextlib.suppress(FileNotFoundError), safe_files.pinned(root) as job:
+        whose = safe_files.strangers(job, os.stat(job), who)
+        if whose:
+            text = f"torchrun_root leads to {root}, which {whose}: whoever that is can give the job other code"
+            mending = "" if whose.startswith("belongs") else f"take that right away (chmod go-w {root}), "
+            raise safe_files.Unsafe(text, cure=f"{mending}remove it or name another folder")
+    shared = safe_files.open_to_all(root)
+    if shared:
+        text = f"torchrun_root leads to {root}, but all users can rename what lies in {shared}, and so give the job other code"
+        raise safe_files.Unsafe(text, cure=f"set its sticky bit (chmod +t {shared}) or name another folder")
+
+
+def refuse_open(path: str, who: safe_files.Account | None) -> None:
+    """Refuse a folder of the job's in which everybody can replace the job's files: a checkpoint is code to who loads it.
+
+    Raises:
+        safe_files.Unsafe: everybody can, there or in a folder above.
+        OSError: it cannot be looked at.
+    """
+    try:
+        shared = safe_files.open_to_all(path)
+    except PermissionError:  # a user's private folder on a network file system
+        shared = safe_files.as_user(who, lambda: safe_files.open_to_all(path))
+    if shared:
+        text = f"{path} is the job's to write, but all users can replace what lies in {shared}"
+        raise safe_files.Unsafe(text, cure=f"take their right away (chmod o-w {shared}), set its sticky bit (chmod +t {shared}), or name another folder")
+
+
+def ours(folder: str, name: str) -> bool:
+    """Return whether an entry of an opened folder of releases was put there by the product, or is gone meanwhile."""
+    path = os.path.join(folder, name)
+    try:
+        found = os.lstat(path)
+        if not safe_files.roots(found):
+            return False
+        if stat.S_ISREG(found.st_mode):
+            return bool(FILES.fullmatch(name))
+        release, ending = os.path.splitext(name)
+        if not stat.S_ISDIR(found.st_mode) or not RELEASE.fullmatch(release):
+            return False
+        return ending in (PARTIAL, GONE) or (not ending and recorded(path) == name)
+    except FileNotFoundError:
+        return not os.path.lexists(path)
+
+
+def recorded(folder: str) -> str:
+    """Return of which release a folder is, as root has written there; empty where nothing says it.
+
+    Raises:
+        FileNotFoundError: there is no record.
+    """
+    try:
+        record = json.loads(safe_files.read_text(os.path.join(folder, RECORD), only_roots=True))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return str(record.get("release", "")) if isinstance(record, dict) else ""
+
+
+def discard(folder: str, name: str) -> None:
+    """Remove a release, or what is left of one, from an opened folder; what cannot be removed stays.
+
+    It is renamed first: of a killed removal there may be left what no longer says that it is a release.
+    """
+    gone = os.path.join(folder, os.path.splitext(name)[0] + GONE)
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(os.path.join(folder, name), gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def staged(root: str, release: str, who: safe_files.Account | None) -> dict[str, t.Any]:
@@ -138,7 +236,7 @@ def stage(
     with opened_releases(root) as releases:
         folder = os.path.join(releases, release)
         partial = f"{folder}{PARTIAL}"
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(releases, release + PARTIAL)
         os.mkdir(partial, 0o700)
         source = os.path.join(partial, "source")
         if archive:
@@ -154,7 +252,7 @@ def stage(
         environment.write_atomically(os.path.join(partial, RECORD), json.dumps({"release": release, "source_hash": found}) + "\n")
         folder_acl.let_in(partial, who.uid, who.gid)
         os.sync()
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(releases, release)
         os.rename(partial, folder)
 
 
@@ -187,7 +285,7 @@ def unsafe(root: str) -> str:
         with opened_releases(root):
             return ""
     except safe_files.Unsafe as error:
-        return f"{error}; name a folder that only root, or only the job's user, can change, or remove the link"
+        return f"{error}; {error.cure}"
     except OSError as error:
         if error.errno == errno.ENOENT:
             return ""  # a job that was never provisioned
@@ -226,14 +324,14 @@ def link_entries(root: str) -> None:
 def prune(root: str, keep: t.Collection[str], count: int) -> None:
     """Remove the oldest releases beyond ``count``, never one of ``keep``, and what a run that was killed has staged in part."""
     with opened_releases(root) as folder:
-        there = [name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))]
-        releases = [name for name in there if not name.endswith(PARTIAL)]
+        there = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
+        releases = [name for name in there if not name.endswith((PARTIAL, GONE))]
         for name in set(there) - set(releases):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            discard(folder, name)
         releases.sort(key=lambda name: os.path.getmtime(os.path.join(folder, name)), reverse=True)
         for name in releases[count:]:
             if name not in keep:
-                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+                discard(folder, name)
 
 
 def keep_run(root: str, release: str, unit: str, environment_text: str) -> None:
@@ -377,7 +475,48 @@ def finished(root: str, release: str) -> bool:
 
 
 def remove(root: str, name: str) -> None:
-    """Remove an entry of the job's folder with all that is in it; links are removed, never followed."""
+    """Remove an entry of the job's folder with all that is in it; links are removed, never followed.
+
+    In a folder of a user's it goes with that user's rights, who can give its name to a folder that only root could remove. The
+    releases are root's everywhere, and go where they are the product's.
+
+    Raises:
+        safe_files.Unsafe: the releases are none of the product's, or the way to the job's folder is not safe.
+        OSError: it cannot be removed.
+    """
     with safe_files.pinned(root) as job:
-        if not safe_files.remove_tree(job, name):
-            raise OSError(errno.ENOTEMPTY, "it cannot be removed while something writes there", os.path.join(root, name))
+        owner = os.stat(job)
+        whose = safe_files.name_of(owner.st_uid)
+        if name == "releases" and _roots_folder(os.path.join(job, name)):
+            done = _remove_releases(root, job)
+        elif owner.st_uid == 0:
+            done = safe_files.remove_tree(job, name)
+        else:
+            who = safe_files.account(whose) or safe_files.Account(whose, owner.st_uid, owner.st_gid, ())
+            done = safe_files.as_user(who, lambda: safe_files.remove_tree(job, name), REMOVAL_SECONDS)
+        if not done:
+            reason = f"it cannot be removed with the rights of {whose}, whose folder it is in, or while something writes there"
+            raise OSError(errno.ENOTEMPTY, reason, os.path.join(root, name))
+
+
+def _roots_folder(path: str) -> bool:
+    """Return whether a path is a folder of root's, and no link."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return found.st_uid == 0 and stat.S_ISDIR(found.st_mode)
+
+
+def _remove_releases(root: str, job: str) -> bool:
+    """Remove the releases by the folder that was opened, since its name may lead elsewhere by now; return whether all is gone."""
+    with opened_releases(root) as folder:
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                discard(folder, entry.name)
+            else:
+                os.unlink(entry.path)
+        if os.listdir(folder):
+            return False
+    os.rmdir(os.path.join(job, "releases"))
+    return True

@@ -47,16 +47,22 @@ LINKS = 40
 _WALK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+# What to do where others than root can lead root astray, unless an error knows better.
+CURE = "name a folder that only root, or only the job's user, can change, or remove the link"
+
+
 class Unsafe(Exception):
     """Others than root can lead root astray here; the message is a sentence's first half.
 
     Attributes:
         changer: who they are, such as "/home/alice (alice)".
+        cure: what to do, the sentence's second half.
     """
 
-    def __init__(self, text: str, changer: str = "") -> None:
+    def __init__(self, text: str, changer: str = "", cure: str = CURE) -> None:
         super().__init__(text)
         self.changer = changer
+        self.cure = cure
 
 
 class Account(t.NamedTuple):
@@ -396,6 +402,59 @@ def systems(path: str, found: os.stat_result, who: Account | None = None) -> boo
     return writers(path, found) <= SERVICES
 
 
+def strangers(path: str, found: os.stat_result, who: Account | None) -> str:
+    """Return who besides root and the job's user can change the job's own folder, as "belongs to bob"; empty where nobody can.
+
+    Args:
+        path: a path that leads to it as it was looked at.
+        found: its status.
+        who: the job's user, None where it is yet to be made.
+    """
+    known = {0, who.uid} if who else {0}
+    if found.st_uid not in known:
+        return f"belongs to {name_of(found.st_uid)}"
+    if found.st_mode & 0o002:
+        return "can be written by all users"
+    if not found.st_mode & 0o020:
+        return ""
+    uids, gids = folder_acl.writers(path, found.st_gid)
+    others = sorted(name_of(uid) for uid in uids - known)
+    others += [f"the group {group_of(gid)}" for gid in sorted(gids) if writers_of(gid) != ROOT and not _private(gid, who)]
+    return f"can be written by {others[0]}" if others else ""
+
+
+def _private(gid: int, who: Account | None) -> bool:
+    """Return whether a group is a user's own, with nobody else in it.
+
+    It has the user's name too: of a group that people share, a directory such as sssd's may list nobody.
+    """
+    if who is None or gid != who.gid:
+        return False
+    try:
+        entry = grp.getgrgid(gid)
+    except KeyError:
+        return False
+    uids = {user.pw_uid for user in pwd.getpwall() if user.pw_gid == gid}
+    return entry.gr_name == who.name and set(entry.gr_mem) <= {who.name, "root"} and uids <= {0, who.uid}
+
+
+def open_to_all(path: str) -> str:
+    """Return the folder, a path's own or one above, in which everybody can rename what is others'; empty where there is none.
+
+    Raises:
+        OSError: they cannot all be looked at.
+    """
+    here = os.path.realpath(path)
+    while True:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mode = os.stat(here).st_mode
+            if stat.S_ISDIR(mode) and mode & 0o002 and not mode & stat.S_ISVTX:
+                return here
+        if here == "/":
+            return ""
+        here = os.path.dirname(here)
+
+
 def reach(path: str, who: Account | None = None, file: bool = False) -> Reached:
     """Open as much of a path as is there; the caller closes the descriptor.
 
@@ -667,7 +726,7 @@ def probe_writing(folder: str) -> None:
 
 
 def remove_tree(folder: str, name: str) -> bool:
-    """Remove an entry of a folder of root's with all that is in it, whatever others have made there; return whether all is gone.
+    """Remove an entry of one's own folder with all that is in it, whatever others have made there; return whether all is gone.
 
     Its name is free at once, so that what cannot be removed holds nobody up. rm follows no link, and unlike Python's rmtree
     it goes to any depth (POSIX rm).

@@ -172,7 +172,8 @@ node:
     access:
       description: >-
         What was found of each of O(folders), with C(error) where the job's user cannot use it, C(real), C(home), C(changer),
-        C(owner), C(mode), C(missing), C(rootless) (where root cannot make what it has to) and C(exists) (whether the user does).
+        C(owner), C(mode), C(missing), C(rootless) (where root cannot make what it has to), C(refused) (why it
+        is none of the job's own, and what to do) and C(exists) (whether the user does).
       type: list
       elements: dict
     torch:

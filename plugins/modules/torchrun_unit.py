@@ -293,6 +293,7 @@ class Node:
             log_root = os.path.dirname(path)
             if log_root in launch.OWN_ROOTS:
                 self.keep_folder(log_root, None, True)
+            job_folders.refuse_open(path, self.who)
             self.keep_folder(path, self.who, os.path.dirname(path) in (root, *launch.OWN_ROOTS))
         self.keep_folder(needrestart.FOLDER, None, False)  # also where needrestart is not installed yet
         self.keep_file(needrestart.PATH, needrestart.TEXT, 0o644)
@@ -311,7 +312,10 @@ class Node:
             os.close(found.handle)
         except OSError as error:
             self.module.fail_json(msg=f"{root} cannot be made ({error.strerror}); correct torchrun_root")
+        job_folders.refuse_strangers(root, self.who)
         self.keep_folder(root, None if found.systems else self.who, found.systems)
+        # Once more, should somebody have been faster.
+        job_folders.refuse_strangers(root, self.who)
         if not self.module.check_mode or os.path.isdir(root):
             self.keep_releases_folder(root)
 
@@ -324,9 +328,9 @@ class Node:
                 if self.module.check_mode:
                     return
                 os.mkdir(path, 0o755)
-        with safe_files.pinned(root, "releases") as folder:
-            found = os.stat(folder)
-            if found.st_uid == 0 and found.st_mode & 0o7777 != 0o755:
+        # Another folder of root's under this name is refused before anything of it changes.
+        with job_folders.opened_releases(root) as folder:
+            if os.stat(folder).st_mode & 0o7777 != 0o755:
                 self.changes.append(f"mode of {root}/releases")
                 if not self.module.check_mode:
                     os.chmod(folder, 0o755)
@@ -370,6 +374,7 @@ class Node:
             self.changes.append(f"start of {self.unit_name}")
             return
         root, release = params["root"], params["release"]
+        job_folders.refuse_strangers(root, self.job_user())
         job_folders.switch(root, release, self.job_user())
         job_folders.keep_run(root, release, unit, environment_text)
         job_folders.remember_start(root, release, back)
@@ -530,7 +535,7 @@ def main() -> None:
     except node_lock.Busy as error:
         module.fail_json(msg=f"{node.unit_name} cannot be changed: {error}; wait for it to end and run the play again")
     except safe_files.Unsafe as error:
-        module.fail_json(msg=f"{error}; name a folder that only root, or only the job's user, can change, or remove the link")
+        module.fail_json(msg=f"{error}; {error.cure}")
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         module.fail_json(msg=f"{node.unit_name} cannot be brought to the state {module.params['state']} ({reason}); look at that path and run the play again")

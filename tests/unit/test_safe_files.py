@@ -633,12 +633,12 @@ def project(roots_place):
 )
 def test_a_source_on_the_node_is_staged_whole_or_not_at_all(project, roots_place, name, mode):
     job = f"{roots_place}/job"
-    job_folders.stage(job, "whole", "", project, {}, "", ALICE)
-    whole = job_folders.staged(job, "whole", ALICE)["source_hash"]
+    job_folders.stage(job, "a11", "", project, {}, "", ALICE)
+    whole = job_folders.staged(job, "a11", ALICE)["source_hash"]
     os.chmod(f"{project}/{name}", mode)
     with pytest.raises(source_tree.SourceError, match=r"project.* cannot be read \(Permission denied\), as alice reads it"):
-        job_folders.stage(job, "part", "", project, {}, "", ALICE)
-    assert not os.path.exists(f"{job}/releases/part") and job_folders.staged(job, "whole", ALICE) == {}
+        job_folders.stage(job, "b22", "", project, {}, "", ALICE)
+    assert not os.path.exists(f"{job}/releases/b22") and job_folders.staged(job, "a11", ALICE) == {}
     os.chmod(f"{project}/{name}", 0o755)
     assert whole == source_tree.tree_hash(source_tree.files(project)) or name.endswith(".py")
 
@@ -657,23 +657,290 @@ def test_a_source_on_the_node_that_is_gone_or_late_is_said_so(project, roots_pla
         job_folders.stage(job, "def", "", f"{roots_place}/none", {}, "", ALICE)
 
 
-def test_what_was_staged_in_part_is_no_release_and_goes(roots_place):
-    names = ["a", "b", "c", "d", "new.partial", "old.partial"]
+def released(root, name):
+    """A release's folder, as much of it as tells what it is; what was staged in part, or is half removed, tells nothing."""
+    os.makedirs(f"{root}/releases/{name}/source")
+    if "." not in name:
+        pathlib.Path(root, "releases", name, "release.json").write_text(json.dumps({"release": name, "source_hash": "x"}))
+
+
+def test_what_was_staged_or_removed_in_part_is_no_release_and_goes(roots_place):
+    names = ["a", "b", "c", "d", "e.partial", "f.partial", "f.gone"]
     for age, name in enumerate(names):
-        os.makedirs(f"{roots_place}/releases/{name}/source")
+        released(roots_place, name)
         os.utime(f"{roots_place}/releases/{name}", (1e9 + age, 1e9 + age))
     job_folders.prune(roots_place, {"a"}, 2)
     assert sorted(os.listdir(f"{roots_place}/releases")) == ["a", "c", "d"]
 
 
+def strange(folder, what):
+    """Put into a folder of root's what the product has not put there; return its name."""
+    name = "abc"
+    if what == "a private folder of another user's":
+        owned(folder / (name := "alice")).chmod(0o700)
+    elif what == "a folder of root's":
+        (folder / name).mkdir()
+    elif what == "a record of another release":
+        (folder / name).mkdir()
+        (folder / name / "release.json").write_text('{"release": "abd"}')
+    elif what in ("a record that is no object", "a record that another user wrote", "a record that is a link"):
+        (folder / name).mkdir()
+        record = folder / name / "release.json"
+        record.write_text("[" * 100_000 if "no object" in what else '{"release": "abc"}')
+        if "user" in what:
+            os.chown(record, ALICE.uid, ALICE.gid)
+        if "link" in what:
+            record.rename(folder.parent / "elsewhere")
+            record.symlink_to(folder.parent / "elsewhere")
+    elif what == "a release that another user can write":
+        released(str(folder.parent), name)
+        (folder / name).chmod(0o777)
+    elif what == "a folder in part, of another user's":
+        owned(folder / (name := "abc.partial"))
+    elif what == "a folder with another name in part":
+        (folder / (name := "notes.partial")).mkdir()
+    elif what == "a link":
+        (folder / name).symlink_to("/etc")
+    elif what == "a file":
+        (folder / (name := "notes.txt")).write_text("")
+    return name
+
+
+STRANGE = (
+    "a private folder of another user's", "a folder of root's", "a record of another release", "a record that is no object",
+    "a record that another user wrote", "a record that is a link", "a release that another user can write",
+    "a folder in part, of another user's", "a folder with another name in part", "a link", "a file",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("what", STRANGE)
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_another_folder_under_the_releases_name_is_refused_untouched(roots_place, mode, what):
+    """Whoever owns ROOT can rename a folder of root's to releases, such as lost+found with others' files in it."""
+    releases = pathlib.Path(roots_place, "releases")
+    for name in ("a", "b", "c", "c.partial"):
+        released(roots_place, name)
+    name = strange(releases, what)
+    releases.chmod(mode)
+    os.chown(roots_place, ALICE.uid, ALICE.gid)
+    before = tree(roots_place)
+    node = torchrun_unit.Node(Module(root=roots_place))
+    for work in (
+        lambda: node.keep_releases_folder(roots_place),
+        lambda: job_folders.shield_all(roots_place, ALICE, False),
+        lambda: job_folders.prune(roots_place, (), 0),
+        lambda: job_folders.remember_start(roots_place, "a", False),
+        lambda: job_folders.stage(roots_place, "c", "", "/usr/lib/os-release", {}, "", ALICE),
+    ):
+        with pytest.raises(safe_files.Unsafe, match=f"{roots_place}/releases holds '{name}', which is none of the product's") as error:
+            work()
+        assert f"move {roots_place}/releases away" in error.value.cure and tree(roots_place) == before
+    assert f"holds '{name}'" in job_folders.unsafe(roots_place) and job_folders.history(roots_place) == [] and node.changes == []
+
+
+def test_the_products_own_releases_are_known_however_a_run_was_killed(roots_place):
+    for name in ("a", "b.partial", "c.gone"):
+        released(roots_place, name)
+    folder = pathlib.Path(roots_place, "releases")
+    for name in ("history.json", ".x1_y2z3w", ".nfs00000000a1b2"):
+        (folder / name).write_text("[]")
+    folder.chmod(0o700)
+    folder_acl.let_in(str(folder / "a"), ALICE.uid, ALICE.gid)
+    node = torchrun_unit.Node(Module(root=roots_place))
+    node.keep_releases_folder(roots_place)
+    assert node.changes == [f"mode of {roots_place}/releases"] and stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert job_folders.unsafe(roots_place) == ""
+
+
+def test_a_removal_that_was_killed_leaves_what_is_known_and_goes(roots_place, monkeypatch):
+    """A release's record may be the first that is removed."""
+    for name in ("a", "b"):
+        released(roots_place, name)
+    monkeypatch.setattr(job_folders.shutil, "rmtree", lambda path, **_options: pathlib.Path(path, "release.json").unlink(missing_ok=True))
+    job_folders.prune(roots_place, {"b"}, 0)
+    monkeypatch.undo()
+    assert job_folders.unsafe(roots_place) == ""
+    job_folders.prune(roots_place, {"b"}, 0)
+    assert os.listdir(f"{roots_place}/releases") == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [*(("releases", what) for what in STRANGE), *((name, what) for name in ("work", "cache", "state", "current") for what in STRANGE[:2])],
+)
+def test_a_removal_takes_no_folder_of_roots_that_is_none_of_the_jobs(roots_place, name, what):
+    """Whoever owns ROOT has given the name of one of the job's folders to another one of root's."""
+    job = owned(pathlib.Path(roots_place, "job"))
+    os.makedirs(job / "releases")
+    strange(job / "releases", what)
+    (job / "releases").rename(job / name)
+    before = tree(job / name)
+    with pytest.raises((safe_files.Unsafe, OSError)) as error:
+        job_folders.remove(str(job), name)
+    left = tree(next(path for path in job.iterdir() if path.name == name or path.name.endswith(".removed")))
+    assert sorted(left.values()) == sorted(before.values()) and (name == "releases") == isinstance(error.value, safe_files.Unsafe)
+
+
+@pytest.mark.parametrize("owner", [ALICE, safe_files.Account("root", 0, 0, (0,))])
+def test_a_job_is_removed_whole_whoever_owns_its_folder(roots_place, owner):
+    job = owned(pathlib.Path(roots_place, "job"), owner)
+    for name in ("a", "b.partial", "c.gone"):
+        released(str(job), name)
+    (job / "releases" / "history.json").write_text("[]")
+    for name in ("work", "cache", "state"):
+        owned(job / name)
+        safe_files.as_user(ALICE, lambda name=name: os.makedirs(job / name / "x" / "y"))
+    (job / "current").symlink_to("releases/a")
+    for name in ("current", "releases", "work", "cache", "state"):
+        job_folders.remove(str(job), name)
+    assert os.listdir(job) == []
+
+
+def test_releases_that_a_user_has_put_in_their_place_go_with_that_users_rights(roots_place):
+    job = owned(pathlib.Path(roots_place, "job"))
+    owned(job / "releases" / "x")
+    os.chown(job / "releases", ALICE.uid, ALICE.gid)
+    job_folders.remove(str(job), "releases")
+    assert os.listdir(job) == []
+
+
 def test_a_unit_that_root_did_not_write_is_never_gone_back_to(roots_place):
-    os.makedirs(f"{roots_place}/releases/abc")
+    released(roots_place, "abc")
     job_folders.keep_run(roots_place, "abc", "unit", "")
     os.chown(f"{roots_place}/releases/abc/unit", ALICE.uid, ALICE.gid)
     assert job_folders.kept_run(roots_place, "abc") is None
     os.chown(f"{roots_place}/releases", ALICE.uid, ALICE.gid)
     with pytest.raises(safe_files.Unsafe):
         job_folders.kept_run(roots_place, "abc")
+
+
+# --- a job's folder that somebody has made first ---
+
+MALLORY = safe_files.Account("mallory", 1234, 1234, (1234,))
+
+
+def listed(path, *entries):
+    """Give something an access control list that lets others write: (tag, id)."""
+    others = [(0x01, 7, 0xFFFFFFFF), (0x04, 5, 0xFFFFFFFF), (0x10, 7, 0xFFFFFFFF), (0x20, 5, 0xFFFFFFFF)]
+    wanted = sorted([*others, *((tag, 7, who) for tag, who in entries)])
+    os.setxattr(path, folder_acl.ATTRIBUTE, struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in wanted))
+
+
+def jobs_folder(path, how):
+    """Make a job's folder in a folder of everybody's, as somebody has left it."""
+    os.mkdir(path, 0o755)
+    os.chown(path, *{"m": (MALLORY.uid, MALLORY.gid), "r": (0, 0), "a": (ALICE.uid, ALICE.gid)}[how[0]])
+    if how[1:].isdigit():
+        os.chmod(path, int(how[1:], 8))
+    elif how[1:] == " list of mallory":
+        listed(path, (0x02, MALLORY.uid))
+    elif how[1:] == " list of a group":
+        listed(path, (0x08, 60123))
+    elif how[1:] == " list of alice":
+        listed(path, (0x02, ALICE.uid))
+    elif how[1:] == " group of people":
+        os.chown(path, -1, 60123)
+        os.chmod(path, 0o775)
+
+
+@pytest.mark.parametrize(
+    ("how", "whose"),
+    [
+        ("m755", "belongs to 1234"), ("m777", "belongs to 1234"), ("m700", "belongs to 1234"), ("r777", "can be written by all users"),
+        ("r1777", "can be written by all users"), ("a777", "can be written by all users"), ("a1777", "can be written by all users"),
+        ("a group of people", "can be written by the group 60123"), ("r group of people", "can be written by the group 60123"),
+        ("a list of mallory", "can be written by 1234"), ("r list of a group", "can be written by the group 60123"),
+        ("r755", ""), ("a755", ""), ("a700", ""), ("r775", ""), ("r list of alice", ""),
+    ],
+)  # fmt: skip
+def test_a_jobs_folder_that_another_user_can_change_is_refused_before_anything_changes(alice, roots_place, how, whose):
+    os.chmod(roots_place, 0o1777)
+    root = f"{roots_place}/t2"
+    jobs_folder(root, how)
+    before = tree(roots_place)
+    node = torchrun_unit.Node(Module(root=root, user="alice"))
+    found = sentences(*(folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")))
+    if whose:
+        with pytest.raises(safe_files.Unsafe) as error:
+            node.keep_job_folder(root)
+        assert str(error.value) == f"torchrun_root leads to {root}, which {whose}: whoever that is can give the job other code"
+        assert found == [f"n1: {error.value}; {error.value.cure}."] and error.value.cure.endswith("remove it or name another folder")
+        assert tree(roots_place) == before and node.changes == []
+        node.wanted, node.active, node.unit_path = lambda _path: False, lambda: False, f"{roots_place}/none"
+        node.params.update(release="abc", keep_releases=3)
+        with pytest.raises(safe_files.Unsafe, match="can give the job other code"):
+            node.run("", "", False)
+    else:
+        node.keep_job_folder(root)
+        assert os.listdir(root) == ["releases"] and not any("can give the job other code" in sentence for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "gid", "members", "primary", "alone"),
+    [
+        ("alice", 1001, [], ["alice"], True), ("alice", 1001, ["alice", "root"], [], True), ("alice", 1001, ["bob"], ["alice"], False),
+        ("alice", 1001, [], ["alice", "bob"], False), ("users", 1001, [], ["alice"], False), ("bob", 1002, [], [], False),
+    ],
+)  # fmt: skip
+def test_a_users_own_group_is_that_users_while_nobody_else_is_in_it(monkeypatch, tmp_path, name, gid, members, primary, alone):
+    who = safe_files.Account("alice", 1001, 1001, (1001,))
+    entries = {user: pwd.struct_passwd((user, "x", uid, 1001 if user in primary else 1, "", "/", "/bin/sh")) for user, uid in (("alice", 1001), ("bob", 1002))}
+    monkeypatch.setattr(safe_files.grp, "getgrgid", lambda gid: grp.struct_group((name, "x", gid, members)))
+    monkeypatch.setattr(safe_files.pwd, "getpwall", lambda: list(entries.values()))
+    monkeypatch.setattr(safe_files.pwd, "getpwnam", lambda user: entries[user])
+    os.chown(tmp_path, who.uid, gid)
+    os.chmod(tmp_path, 0o775)
+    expected = "" if alone else f"can be written by the group {name}"
+    assert safe_files.strangers(str(tmp_path), os.stat(tmp_path), who) == expected
+    assert safe_files.strangers(str(tmp_path), os.stat(tmp_path), None).startswith("belongs to")
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("above", ["jobs", "."])
+def test_a_folder_above_in_which_everybody_can_rename_is_refused(alice, roots_place, above, made):
+    root = f"{roots_place}/jobs/t2"
+    os.makedirs(root if made else os.path.dirname(root))
+    os.chown(os.path.dirname(root), ALICE.uid, ALICE.gid)
+    shared = os.path.normpath(f"{roots_place}/{above}")
+    os.chmod(shared, 0o777)
+    node = torchrun_unit.Node(Module(root=root, user="alice"))
+    with pytest.raises(safe_files.Unsafe, match=f"torchrun_root leads to {root}, but all users can rename what lies in {shared}, ") as error:
+        node.keep_job_folder(root)
+    entries = [folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")]
+    assert sentences(*entries) == [f"n1: {error.value}; {error.value.cure}."] and os.path.exists(root) == made
+    os.chmod(shared, 0o1777)
+    assert not folder_access.look("torchrun_root", f"{root}/work", "own", "alice")["refused"]
+    node.keep_job_folder(root)
+    assert os.listdir(root) == ["releases"]
+
+
+@pytest.mark.parametrize("variable", ["torchrun_checkpoint_dir", "torchrun_log_root"])
+@pytest.mark.parametrize("above", ["ckpt", "."])
+@pytest.mark.parametrize("owner", [MALLORY, ALICE])
+def test_checkpoints_that_everybody_can_replace_are_refused_and_shared_ones_are_not(alice, roots_place, owner, above, variable):
+    """A colleague's folder, or one of a group's, is fine: whoever made it that way trusts its members."""
+    folder = f"{roots_place}/ckpt"
+    os.mkdir(folder)
+    os.chown(folder, owner.uid, ALICE.gid)
+    os.chmod(folder, 0o2775)
+    assert not sentences(folder_access.look(variable, folder, "write", "alice"))
+    shared = os.path.normpath(f"{roots_place}/{above}")
+    os.chmod(shared, 0o777)
+    (sentence,) = sentences(folder_access.look(variable, folder, "write", "alice"))
+    assert sentence.startswith(f"n1: {folder} is the job's to write, but all users can replace what lies in {shared}; take their right away")
+    with pytest.raises(safe_files.Unsafe):
+        job_folders.refuse_open(folder, ALICE)
+    os.chmod(shared, 0o1777)
+    assert not sentences(folder_access.look(variable, folder, "write", "alice"))
+    job_folders.refuse_open(folder, ALICE)
+
+
+def test_the_plan_tells_what_lies_among_the_releases(alice, roots_place):
+    root = f"{roots_place}/job"
+    os.makedirs(f"{root}/releases/lost")
+    entries = [folder_access.look("torchrun_root", f"{root}/{name}", "own", "alice") for name in ("work", "state")]
+    (sentence,) = sentences(*entries)
+    assert f"{root}/releases holds 'lost', which is none of the product's; move" in sentence
 
 
 # --- what the plan hears ---
