@@ -221,7 +221,7 @@ def main() -> None:
         # The newest first: the job decides how much a line holds, so not all of them may be read.
         command = ["journalctl", "--reverse", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
         # It ends before printed() kills it, so that awk prints what it has.
-        words = journal.shortened(shlex.join(command), int(safe_files.SECONDS) - 2)
+        words = journal.shortened(" ".join(map(shlex.quote, command)), int(safe_files.SECONDS) - 2)
         lines = journal.entries("", safe_files.printed(["sh", "-c", words]))[0]
         step, step_time = job_evidence.last_step(lines[::-1], params["step_pattern"])
     look = looks.Looks(looks.reader(params["user"]))

@@ -8,9 +8,10 @@ import os
 import shlex
 import shutil
 import subprocess
+import types
 
 import pytest
-from ansible_collections.onprem.torch.plugins.action import logs
+from ansible_collections.onprem.torch.plugins.action import follow, logs
 from ansible_collections.onprem.torch.plugins.module_utils import journal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -172,3 +173,21 @@ def test_without_following_logs_end_with_what_was_there_at_first(monkeypatch):
 def test_without_following_logs_say_where_a_journal_could_not_be_read(monkeypatch):
     shown, warned = read(monkeypatch, {"n1": Node(0)})
     assert shown == [] and len(warned) == 1 and "n1" in warned[0]
+
+
+# -- the action that follows a job
+
+
+@pytest.mark.parametrize(("texts", "pauses"), [((), 1), (("a line",), 0)])
+def test_following_pauses_unless_it_came_further(texts, pauses, monkeypatch):
+    """What is left may not be readable: then another look at once would bring the same."""
+    unread = journal.parse("n1", output(*(entry(1, text) for text in texts), journal.CUT))
+    looks = [unread, journal.parse("n1", output(active="failed"))]
+    slept = []
+    monkeypatch.setattr(follow.time, "sleep", slept.append)
+    monkeypatch.setattr(follow.terminal, "show", lambda lines: None)
+    action = types.SimpleNamespace(_look=lambda job, host, cursor: looks.pop(0), others=types.SimpleNamespace(ask=lambda: None))
+    job = {"name": "train", "step_pattern": "step", "start_timeout": 600, "log_dir": "/l"}
+    assert unread.more
+    assert follow.ActionModule._follow(action, job, "n1", "finished", "again")["outcome"] == "failed"
+    assert len(slept) == pauses
