@@ -95,7 +95,7 @@ class ActionModule(ActionBase):
                 )
                 text = "; ".join([*self.others.obstacles, text])
                 return {**found, "failed": True, "msg": text}
-            if not look.more:
+            if not (look.more and look.lines):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _look(self, job: dict[str, t.Any], host: str, cursor: str) -> journal.Look | None:

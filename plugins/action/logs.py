@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from ansible.plugins.action import ActionBase
 from ansible_collections.onprem.torch.plugins.module_utils import journal, progress
@@ -61,7 +62,7 @@ class ActionModule(ActionBase):
         return result
 
     def _print(self, reader: Reader, rank: int | None, follow: bool) -> tuple[str, int]:
-        """Print lines until the job has ended or, without following, once. Returns the outcome and how many there were."""
+        """Print lines until the job has ended or, without following, what there is. Returns the outcome and how many there were."""
         width = max(len(host) for host in reader.hosts)
         shown, seen, said = 0, time.monotonic(), set()
         while True:
@@ -69,17 +70,18 @@ class ActionModule(ActionBase):
             for host in sorted(reader.away - said):
                 terminal.warn(f"{host} does not answer; its lines follow when it does")
             said = set(reader.away)
-            for line in journal.merged(looks.values(), rank):
+            for line in journal.merged(looks.values() if follow else reader.begun(looks), rank):
                 terminal.show(journal.shown(line, width))
                 shown += 1
             first = reader.last.get(reader.hosts[0])
             outcome = progress.outcome(first) if first else "unknown"
-            more = any(look.lines for look in looks.values())
             if not follow:
-                if not more or not reader.unfinished:
-                    return outcome, shown
-                continue
-            if first and outcome != "running" and not more:
+                if any(looks[host].lines for host in reader.unfinished):
+                    continue
+                for host in sorted(reader.unfinished):
+                    terminal.warn(f"the journal of {host} could not be read to its end; see: journalctl --unit {reader.job['unit']} there")
+                return outcome, shown
+            if first and outcome != "running" and not any(look.lines for look in looks.values()):
                 return outcome, shown
             if reader.hosts[0] in looks:
                 seen = time.monotonic()
@@ -97,7 +99,9 @@ class Reader:
         self.cursors: dict[str, str] = {}
         self.last: dict[str, journal.Look] = {}
         self.away: set[str] = set()
-        self.unfinished = False
+        # Without following, each journal ends with the second of its first look: a job may print faster than it is read.
+        self.ends: dict[str, float] = {}
+        self.unfinished: set[str] = set()
 
     def look(self) -> dict[str, journal.Look]:
         """Look at all hosts once, in parallel; those that do not answer are left out and stand in ``away``."""
@@ -105,11 +109,16 @@ class Reader:
             found = dict(zip(self.hosts, pool.map(self._look_at, self.hosts)))
         looks = {host: look for host, look in found.items() if look}
         self.away = set(self.hosts) - set(looks)
-        self.unfinished = any(look.more for look in looks.values())
         for host, look in looks.items():
+            self.ends.setdefault(host, look.now + 1.0 if look.now else float("inf"))
             self.last[host] = look
             self.cursors[host] = look.cursor or self.cursors.get(host, "")
+        self.unfinished = {host for host, look in looks.items() if look.more and not (look.lines and look.lines[-1].time >= self.ends[host])}
         return looks
+
+    def begun(self, looks: t.Mapping[str, journal.Look]) -> list[journal.Look]:
+        """Return the looks without the lines that were written after the first of them."""
+        return [replace(look, lines=[line for line in look.lines if line.time < self.ends[host]]) for host, look in looks.items()]
 
     def _look_at(self, host: str) -> journal.Look | None:
         text = journal.command(self.job["unit"], self.job["root"], self.cursors.get(host, ""), self.since)

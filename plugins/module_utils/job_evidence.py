@@ -13,39 +13,62 @@ import typing as t
 
 from ansible_collections.onprem.torch.plugins.module_utils import hostile_input, journal
 
+# A device as its driver names it at the beginning of a line: on PCI, on USB, or part of a chip.
+DEVICE = r"[\w-]+ (?:[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]|\d+-[\d.]+:\d+\.\d+|[0-9a-f]+\.ethernet)"
+FILE_SYSTEM = r"(?:EXT[234]-fs|XFS|BTRFS|F2FS-fs|FAT-fs|JBD2)(?: \w+)?:? ?\((?:device )?[^\s()]+\)(?: in [\w.:]+)?: "
 # Lines of the kernel's log that end training, and what kind of event they are.
+# Each is matched from the line's beginning, and by more of the kernel's own words than the 15 characters that a process may have as
+# its name: the kernel begins lines with such names (NAME invoked oom-killer), and any user chooses them.
 KERNEL = (
-    ("xid", re.compile(r"NVRM: Xid")),
-    ("memory limit", re.compile(r"Memory cgroup out of memory: Killed process")),
-    ("out of memory", re.compile(r"Out of memory: Killed process")),
-    ("disk", re.compile(r"I/O error|EXT4-fs error|XFS .*(Corruption|shutdown)|Remounting filesystem read-only|nvme\S* .*(timeout|controller is down)")),
-    ("network", re.compile(r"(link is down|link down|Link Down|NETDEV WATCHDOG)", re.I)),
-    ("machine check", re.compile(r"Machine check events logged|Hardware Error")),
+    ("xid", re.compile(r"NVRM: Xid \((?:PCI:)?[0-9a-f]{4,8}:[0-9a-f]{2}[^)]{0,40}\): \d+", re.I | re.A)),
+    ("memory limit", re.compile(r"Memory cgroup out of memory: Killed process \d+")),
+    ("out of memory", re.compile(r"Out of memory(?: \(oom_kill_allocating_task\))?: Killed process \d+")),
+    (
+        "disk",
+        re.compile(
+            r"(?:\w+: )?I/O error, dev \S+, sector \d+|Buffer I/O error on dev(?:ice)? \S+, logical block \d+"
+            r"|lost (?:async )?page write due to I/O error on \S+|JBD2: I/O error (?:detected |when |reading )"
+            r"|EXT[234]-fs error \(device [^\s()]+\)"
+            rf"|{FILE_SYSTEM}.*(?:I/O error|[Cc]orruption|[Ss]hutdown|Shutting down|Remounting filesystem read-only)"
+            r"|nvme (?:nvme\d+|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]): .*(?:timeout|controller is down)",
+            re.A,
+        ),
+    ),
+    (
+        "network",
+        re.compile(
+            rf"{DEVICE}:? .*\blink (?:is )?down|(?:{DEVICE}:? \S+ )?NETDEV WATCHDOG: .*transmit queue \d+ timed out"
+            r"|\w+: \S*\s?NIC (?:Copper |Fibre |SerDes )?Link is Down|(?:mlx4_en|tg3|bnx2|be2net|cxgb4): \S+: Link (?:is )?down",
+            re.I | re.A,
+        ),
+    ),
+    ("machine check", re.compile(r"(?:\w+: |\{\d+\})?\[Hardware Error\]: |(?:mce: )?Machine check events logged", re.A)),
 )
+# What the kernel says about a process, such as "NAME[PID]: segfault at 0 … in FILE": name and file are any user's to choose.
+OF_A_PROCESS = re.compile(r".{0,15}\[\d+\]:? ", re.DOTALL | re.A)
 AT_MOST = 40  # events of the kernel, newest
 MOST_REPORTS = 200  # of a run, newest
 REPORT_BYTES = 256 << 10  # torch's are a few KiB
 # For all reports together: the job may have written many, each of which takes long to read.
 REPORT_SECONDS = 10.0
-STAMPED = re.compile(r"^(\d+\.\d+) \S+ ([^:]+): (.*)$")
+STAMPED = re.compile(r"(\d+\.\d+) \S+ kernel: (.*)")
 
 
 def stamped(output: str) -> list[tuple[float, str]]:
-    """Return (time, text) of the lines of ``journalctl --output=short-unix``; lines without a time belong to the one before."""
-    lines: list[tuple[float, str]] = []
-    for line in output.splitlines():
-        found = STAMPED.match(line)
-        if found:
-            lines.append((float(found.group(1)), found.group(3)))
-    return lines
+    """Return (time, text) of the kernel's lines of ``journalctl --output=short-unix``.
+
+    Lines without a time belong to the one before.
+    """
+    found = map(STAMPED.match, output.split("\n"))  # splitlines knows more ends of lines than journalctl does
+    return [(float(line.group(1)), line.group(2)) for line in found if line]
 
 
 def kernel_events(output: str) -> list[dict[str, t.Any]]:
     """Return what in the kernel's log ends training: kind, time and text."""
     found = []
     for moment, text in stamped(output):
-        kind = next((name for name, pattern in KERNEL if pattern.search(text)), "")
-        if kind:
+        kind = next((name for name, pattern in KERNEL if pattern.match(text)), "")
+        if kind and not OF_A_PROCESS.match(text):
             found.append({"kind": kind, "time": moment, "text": hostile_input.printable(text, 300)})
     return found[-AT_MOST:]
 

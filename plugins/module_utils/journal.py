@@ -16,10 +16,23 @@ from ansible_collections.onprem.torch.plugins.module_utils import checkpoint_fil
 from ansible_collections.onprem.torch.plugins.module_utils.hostile_input import Fields, Shape, Text
 
 MARK = "--onprem-torch--"
-# A message of more than 4096 bytes is null in JSON, so no line has more than some thousand characters.
+# A field of more than 4096 bytes is null in JSON, but an entry may have a thousand of them: shortened() cuts those.
 AS_JSON = ("--quiet", "--no-pager", "--output=json", "--output-fields=MESSAGE")
 # Lines and bytes of one look; the next one goes on after them.
 AT_MOST, MOST_BYTES = 5000, 8 << 20
+# Bytes of one entry; whatever a job writes, many entries fit into one look, so that each look comes further.
+MOST_ENTRY = 1 << 16
+# Seconds for the journal in one look; entries of 16 MB take journalctl some tenths of a second each.
+JOURNAL_SECONDS = 30
+# What is read in place of entries that were not reached in that time. It is no entry.
+CUT = "cut"
+# For mawk and gawk. A quote within a string has a backslash before it, and only journald writes fields that begin with "_", so
+# no text of a job's can be taken for these two. An entry that was cut before them is dropped.
+SHORTEN = r"""
+function part(name) { return match($0, "\"" name "\" ?: ?\"[^\"]*\"") ? substr($0, RSTART, RLENGTH) : "" }
+length($0) <= MOST { print; next }
+{ c = part("__CURSOR"); t = part("__REALTIME_TIMESTAMP"); if (c != "" && t != "") print "{" c "," t ",\"MESSAGE\":null}" }
+""".strip()
 # Characters of a line that a person is shown.
 MOST_WIDTH = 4096
 # How state.json is read: bytes at a time, and how long a file system may take.
@@ -88,21 +101,36 @@ def command(unit: str, root: str, cursor: str, since: str = "", checkpoints: tup
         checkpoints: folder and pattern of the checkpoints; None where they are not asked for.
     """
     name = shlex.quote(unit)
-    journal = f"journalctl {' '.join(AS_JSON)} --unit={name}"
+    journal, before = f"journalctl {' '.join(AS_JSON)} --unit={name}", ""
     if cursor:
         journal += f" --after-cursor={shlex.quote(cursor)}"
     elif since:
         journal += f" --since={shlex.quote(since)}"
     else:
         # The lines since the last start of the unit, not those of earlier runs.
-        journal = f"i=$({invocation_command(name)}); {journal} _SYSTEMD_INVOCATION_ID=$i"
+        before, journal = f"i=$({invocation_command(name)}); ", f"{journal} _SYSTEMD_INVOCATION_ID=$i"
     parts = [
-        f"systemctl show --no-pager --property=ActiveState --property=Result {name}",
+        f"echo now=$(date +%s); systemctl show --no-pager --property=ActiveState --property=Result {name}",
         state_command(root),
         f"{newest_command(*checkpoints)} | base64 -w 0" if checkpoints else "true",
-        f"{journal} 2>/dev/null | head -n {AT_MOST} | head -c {MOST_BYTES}",
+        f"{before}{shortened(journal)} | head -n {AT_MOST} | head -c {MOST_BYTES}",
     ]
     return f"; echo; echo {MARK}; ".join(parts)
+
+
+def shortened(journal: str, seconds: int = JOURNAL_SECONDS) -> str:
+    """Return a shell command that prints what journalctl does, with entries that are too long replaced by time and cursor.
+
+    One entry may have a thousand fields of the same name, 16 MB as JSON. It is passed over like a line that is too long, so
+    that it does not hide what comes after it.
+
+    Args:
+        journal: command of journalctl with AS_JSON.
+        seconds: after which it ends with CUT where there is more.
+    """
+    # 124 and 137 are timeout's own; journalctl was then ended within an entry.
+    told = f"{{ timeout -k 1 {seconds} {journal} 2>/dev/null || [ $? -lt 124 ] || {{ echo; echo {CUT}; }}; }}"
+    return f"{told} | LC_ALL=C awk -v MOST={MOST_ENTRY} {shlex.quote(SHORTEN)}"
 
 
 def invocation_command(name: str) -> str:
@@ -170,7 +198,8 @@ class Look:
         lines: new lines.
         cursor: where the next look goes on; empty where there was no line.
         checkpoint: path of the newest checkpoint, or an empty string.
-        more: whether there may be more lines already.
+        more: whether there may be more lines already; without any lines, another look need not come further.
+        now: the node's clock when the look began, whole seconds since 1970; 0 where it is not known.
     """
 
     active: str
@@ -181,6 +210,7 @@ class Look:
     cursor: str = ""
     checkpoint: str = ""
     more: bool = False
+    now: int = 0
 
 
 def parse(host: str, output: str) -> Look | None:
@@ -192,7 +222,8 @@ def parse(host: str, output: str) -> Look | None:
     state, odd = parse_state(parts[1])
     lines, cursor, whole = entries(host, parts[3])
     more = len(lines) >= AT_MOST or not whole
-    return Look(show.get("ActiveState", ""), show.get("Result", ""), state, odd, lines, cursor, decoded(parts[2]), more)
+    now = int(show["now"]) if re.fullmatch(r"[0-9]{1,11}", show.get("now", "")) else 0
+    return Look(show.get("ActiveState", ""), show.get("Result", ""), state, odd, lines, cursor, decoded(parts[2]), more, now)
 
 
 def entries(host: str, output: str) -> tuple[list[Line], str, bool]:

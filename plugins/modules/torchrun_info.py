@@ -117,6 +117,7 @@ info:
       elements: dict
 """
 
+import shlex
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -219,7 +220,9 @@ def main() -> None:
     if params["step_pattern"] and there:
         # The newest first: the job decides how much a line holds, so not all of them may be read.
         command = ["journalctl", "--reverse", "--unit", unit, "--lines", str(JOURNAL_LINES), *journal.AS_JSON]
-        lines = journal.entries("", safe_files.printed(command))[0]
+        # It ends before printed() kills it, so that awk prints what it has.
+        words = journal.shortened(" ".join(map(shlex.quote, command)), int(safe_files.SECONDS) - 2)
+        lines = journal.entries("", safe_files.printed(["sh", "-c", words]))[0]
         step, step_time = job_evidence.last_step(lines[::-1], params["step_pattern"])
     look = looks.Looks(looks.reader(params["user"]))
     found = {**jobs_own(params, look), "evidence": evidence(module, look) if params["evidence"] else {}}

@@ -1341,6 +1341,10 @@ def mtime(path: str) -> Optional[float]:
         return None
 
 
+# The driver's whole form: the kernel begins lines with names of processes, of 15 characters that any user may choose.
+XID = re.compile(r"NVRM: Xid \((?:PCI:)?[0-9a-f]{4,8}:[0-9a-f]{2}[^)]{0,40}\): \d+", re.ASCII | re.IGNORECASE)
+
+
 def gpu_faults(since: float) -> list[str]:
     """XID lines of the NVIDIA driver in the kernel's log since a moment, where this user may read it."""
     found = []
@@ -1353,7 +1357,7 @@ def gpu_faults(since: float) -> list[str]:
         while True:
             record = os.read(log, 8192).decode("utf-8", "replace")
             head, _separator, text = record.partition(";")
-            if "NVRM: Xid" in text and boot + int(head.split(",")[2]) / 1e6 >= since:
+            if XID.match(text) and boot + int(head.split(",")[2]) / 1e6 >= since:
                 found.append(text.splitlines()[0][:300])
     except (OSError, ValueError, IndexError):
         pass
