@@ -164,7 +164,8 @@ class Walk:
             except OSError as error:
                 unreadable(error)
             if self.bytes > MOST_BYTES:
-                raise LimitError(f"{hostile_input.shown(self.source)} has more than {MOST_BYTES >> 30} GiB, which {self.shown(name)} exceeds")
+                source = hostile_input.shown(self.source)
+                raise LimitError(f"{source} has more than {MOST_BYTES >> 30} GiB, which {self.shown(name)} exceeds")
 
     def followed(self, link: str, name: str) -> str:
         """Return the path that a link leads to, without links.
