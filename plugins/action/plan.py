@@ -9,10 +9,16 @@ import os
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import continuity, node_checks, pytorch_plan, source_tree
+from ansible_collections.onprem.torch.plugins.module_utils import (
+    continuity,
+    hostile_input,
+    node_checks,
+    pytorch_plan,
+    source_tree,
+)
 from ansible_collections.onprem.torch.plugins.module_utils import plan as planning
 from ansible_collections.onprem.torch.plugins.module_utils.problems import Problem, masked, report
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables, runs, terminal
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, connection_variables, runs, shipped, terminal
 
 # What goes with every release, beside its source.
 PROGRAMS = os.path.join(catalog.ROLES, "torchrun", "files")
@@ -26,6 +32,7 @@ class ActionModule(ActionBase):
     TRANSFERS_FILES = False
     _supports_check_mode = True
     _supports_async = False
+    _reads_source = True
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Return the plan, or fail with every problem of the cluster."""
@@ -39,12 +46,14 @@ class ActionModule(ActionBase):
                 "spares": {"type": "str", "default": "spares"},
                 "fail": {"type": "bool", "default": True},
                 "starts": {"type": "bool", "default": False},
+                "reads_source": {"type": "bool", "default": True},
             }
         )
         group = arguments["group"]
         names = list(task_vars["groups"].get(group, []))
         if not names:
             return failure(result, [empty_group(group, task_vars)])
+        self._reads_source = arguments["reads_source"]
         reader = catalog.Reader(catalog.load(self._loader), self._templar, task_vars["hostvars"])
         if not arguments["nodes"]:
             return self._look_ahead(result, group, names, list(task_vars["groups"].get(arguments["spares"], [])), reader)
@@ -132,6 +141,8 @@ class ActionModule(ActionBase):
         variable = "torchrun_source"
         source = str(host.variables.get(variable) or "")
         script = str(host.variables.get("torchrun_script") or "")
+        if not self._reads_source:
+            return planning.Release("", script or "train.py", was_read=False)
         programs = source_tree.tree_hash({**source_tree.files(PROGRAMS), **source_tree.files(READER)})
         if not source:
             text = f"{variable} is not set, but a script, a project folder or remote:PATH was expected"
@@ -141,20 +152,19 @@ class ActionModule(ActionBase):
             return planning.Release("", script or "train.py", source[len("remote:") :], programs)
         path = resolve(source, folder)
         try:
-            members = source_tree.files(path)
-        except source_tree.SourceError as error:
-            cure = "correct the path (relative paths start at the inventory's folder)"
-            problem = Problem("", variable, f"{variable} is {source!r}, but {error}", cure)
-            return planning.Release("", script, path, problems=(problem,))
+            members = shipped.members(path, bool(host.variables.get(shipped.LINKS)))
+            whole = source_tree.tree_hash(members, source_tree.opened_straight)
+        except shipped.ERRORS as error:
+            return planning.Release("", script, path, problems=(shipped.problem(source, error),))
         if not script:
-            script = os.path.basename(path) if os.path.isfile(path) else "train.py"
+            script = os.path.basename(path) if list(members) == [os.path.basename(path)] and os.path.isfile(path) else "train.py"
         problems = []
         if script not in members:
             text = f"torchrun_script is {script!r}, which is not in {path}"
-            scripts = sorted(name for name in members if name.endswith(".py"))[:3]
+            scripts = sorted(hostile_input.shown(name) for name in members if name.endswith(".py"))[:3]
             cure = f"name a script that is there, such as {scripts[0]}" if scripts else "add the script to the source"
             problems.append(Problem("", "torchrun_script", text, cure))
-        return planning.Release(source_tree.tree_hash(members), script, path, programs, tuple(problems))
+        return planning.Release(whole, script, path, programs, tuple(problems))
 
 
 def lost_progress(plan: t.Mapping[str, t.Any], hosts: t.Sequence[planning.Host]) -> list[Problem]:

@@ -10,8 +10,8 @@ import tempfile
 import typing as t
 
 from ansible.plugins.action import ActionBase
-from ansible_collections.onprem.torch.plugins.module_utils import source_tree, systemd
-from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs
+from ansible_collections.onprem.torch.plugins.module_utils import systemd
+from ansible_collections.onprem.torch.plugins.plugin_utils import catalog, given_up, runs, shipped
 
 MODULE = "onprem.torch.torchrun_unit"
 
@@ -38,7 +38,10 @@ class ActionModule(ActionBase):
         if answer.get("needs_archive"):
             with tempfile.TemporaryDirectory() as folder:
                 local = os.path.join(folder, "source.tar.gz")
-                source_tree.pack(source_tree.files(arguments["source_path"]), local)
+                try:
+                    shipped.pack(arguments["source_path"], self._links(task_vars or {}), arguments["source_hash"], local)
+                except shipped.ERRORS as error:
+                    return {**answer, "failed": True, "msg": f"the source cannot be sent ({shipped.reason(error)}); run the play again"}
                 temporary = self._make_tmp_path()
                 arguments["archive"] = self._transfer_file(local, self._connection._shell.join_path(temporary, "source.tar.gz"))
                 before = answer.get("changed", False)
@@ -46,6 +49,11 @@ class ActionModule(ActionBase):
                 answer["changed"] = bool(answer.get("changed") or before)
                 self._remove_tmp_path(temporary)
         return answer
+
+    def _links(self, task_vars: dict[str, t.Any]) -> bool:
+        """Return whether links may lead out of the source."""
+        reader = catalog.Reader(catalog.load(self._loader, ("torchrun",)), self._templar, task_vars["hostvars"])
+        return bool(reader.value(task_vars["inventory_hostname"], shipped.LINKS))
 
     def _environment(self, task_vars: dict[str, t.Any]) -> str:
         """Return the text of the environment's file: read here and now, since whatever holds the values could show them."""

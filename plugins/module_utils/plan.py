@@ -81,6 +81,7 @@ class Release:
         path: its path on the control node, or on the nodes.
         programs: hash of the supervisor and the other programs that go with it.
         problems: what is wrong with it.
+        was_read: whether it was looked at; a verb that ships nothing does not, and its plan names no release.
     """
 
     hash: str
@@ -88,6 +89,7 @@ class Release:
     path: str = ""
     programs: str = ""
     problems: tuple[Problem, ...] = ()
+    was_read: bool = True
 
 
 def digest(value: t.Any, length: int = 12) -> str:
@@ -342,4 +344,4 @@ def job_settings(variables: t.Mapping[str, t.Any], name: str, release: Release, 
     made_of["torch"] = [variables.get(f"pytorch_{key}") for key in ("version", "packages", "environment")]
     made_of["torch"] += [variables["pytorch_constraints"]] if variables.get("pytorch_constraints") else []
     made_of["torch"] += [lock] if lock else []
-    return {**settings, "release": digest(made_of)}
+    return {**settings, "release": digest(made_of) if release.was_read else ""}

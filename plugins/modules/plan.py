@@ -40,6 +40,11 @@ options:
       - Whether the job is to be started, so that no rank may begin from less than the newest checkpoint that it has or had.
     type: bool
     default: false
+  reads_source:
+    description:
+      - Whether the job's source is read on the control node. With V(false) the plan names no release, for what ships nothing.
+    type: bool
+    default: true
   fail:
     description: Whether problems fail the task. With V(false) they are only returned.
     type: bool
