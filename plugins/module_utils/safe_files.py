@@ -316,10 +316,9 @@ def printed(command: t.Sequence[str], limit: int = ANSWER, seconds: float = SECO
         )
     except OSError:
         return ""
-    assert child.stdout
     deadline = time.monotonic() + seconds
     parts, size = [], 0
-    with child.stdout as stream:
+    with t.cast(t.IO[bytes], child.stdout) as stream:
         while size < limit and select.select([stream], [], [], max(0.0, deadline - time.monotonic()))[0]:
             block = os.read(stream.fileno(), min(1 << 16, limit - size))
             if not block:
